@@ -1,0 +1,399 @@
+"""Chapter 2: what the network eats.  Look at your data before you train on it.
+
+    shapes              ten classes of figures, 32x32, drawn here from a fixed seed; nothing to download
+    cifar10, cifar100   50,000 + 10,000 images of 32x32, by torchvision (download, md5)
+    imagenet            any folder train/CLASS/*.JPEG, val/CLASS/*.JPEG; 250 training images a class, as in the paper
+
+The first three are small: they are held whole, as uint8, on the device that trains, and whole batches are
+shuffled, cropped, flipped and normalised there.  Folders of JPEGs are decoded by worker processes.
+
+One promise carries exact resume and equality between one process and many: a global batch is a pure function
+of (seed, epoch, step).  So all randomness is drawn on the CPU, by numpy, from [seed, epoch]: the order of the
+epoch, and the crop and flip of every image in it.  Of each batch, every process takes its slice.
+
+The paper does not say how it augments.  We use what is usual: CIFAR and shapes are padded by 4 zeros a side,
+cropped back and flipped (arXiv 1512.03385, section 4.2), ImageNet is cropped at random to 8-100 % of its area,
+resized and flipped.  Test images are never augmented, the incomplete last training batch is dropped.
+
+    python data.py                                          a contact sheet: each image before and after
+    python data.py --dataset cifar10 --data-dir data
+"""
+import argparse
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms import v2
+from torchvision.utils import make_grid, save_image
+
+DATASETS = ("shapes", "cifar10", "cifar100", "imagenet")
+PAD = 4     # pixels of zeros around a 32-pixel image before it is cropped back
+
+# Mean and standard deviation of each colour over all pixels of all training images, on a scale of 0 to 1.
+# (An often-copied 0.2023, 0.1994, 0.2010 for CIFAR-10 averages the images' own deviations: too small.)
+STATISTICS = {
+    "shapes": ((0.4997, 0.5029, 0.5020), (0.2851, 0.2869, 0.2863)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+# ------------------------------------------------------------------------------------------ Sets in memory
+
+
+class InMemory:
+    """A small data set, held whole on `device`.
+
+    train, test     (images, labels): uint8 (N, 3, H, W) and int64 (N,), on the CPU.
+    classes         their names.
+    statistics      (mean, std) of the three colours, on a scale of 0 to 1.
+    erase           side of a square, in pixels, that is greyed somewhere in every augmented image; 0: none.
+    batch_size      images of a training step in all processes together.
+    rank, world     this process and how many there are; each takes its slice of every batch.
+    """
+
+    def __init__(self, train, test, classes, statistics, erase, *, device, batch_size, seed, augment, rank, world):
+        self.classes, self.device, self.augment, self.erase = classes, torch.device(device), augment, erase
+        self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
+        padded = F.pad(train[0].to(device), (PAD,) * 4)
+        size = train[0].shape[-1]
+        self.windows = padded.unfold(2, size, 1).unfold(3, size, 1)     # a view (N, 3, 9, 9, H, W): all crops
+        self.train_labels = train[1].to(device)
+        self.test_images, self.test_labels = (tensor.to(device) for tensor in test)
+        self.train_size, self.test_size = len(self.train_labels), len(self.test_labels)
+        self.steps = self.train_size // batch_size
+        self.normalise = Normalise(statistics, device)
+
+    def train_batches(self, epoch, first_step=0):
+        """Yield this process's share of every batch: float32 (B, 3, H, W), normalised, and labels (B,)."""
+        order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.train_size)
+        order = self._send(order)                               # one small copy an epoch, none a step
+        draws = self._draws(epoch if self.augment else None)
+        for step in range(first_step, self.steps):
+            index = order[share(step, self.batch_size, self.rank, self.world)]
+            yield self.normalise(self._crop(index, draws)), self.train_labels[index]
+
+    def test_batches(self):
+        """Yield this process's share of the test images, each exactly once, as they are."""
+        for start in range(0, self.test_size, self.batch_size):
+            part = slice(start + self.rank, min(start + self.batch_size, self.test_size), self.world)
+            yield self.normalise(self.test_images[part]), self.test_labels[part]
+
+    def view(self, index, epoch=None):
+        """Training images `index` as uint8 (n, 3, H, W): as augmented in `epoch`, or as they are."""
+        return self._crop(self._send(index), self._draws(epoch))
+
+    def _draws(self, epoch):
+        """For every training image its crop, flip and erasure, int64 (5, N): a function of (seed, epoch)."""
+        if epoch is None:       # the middle of the padded image, and an erasure out of sight
+            draws = np.full((5, self.train_size), [[PAD], [PAD], [0], [-99], [-99]])
+        else:
+            high = [[2 * PAD + 1], [2 * PAD + 1], [2], [self.windows.shape[4]], [self.windows.shape[5]]]
+            draws = np.random.default_rng([self.seed, epoch, AUGMENT]).integers(0, high, (5, self.train_size))
+        return self._send(draws)
+
+    def _crop(self, index, draws):
+        top, left, flip, row, column = draws[:, index, None, None]                          # each (B, 1, 1)
+        images = self.windows[index, :, top[:, 0, 0], left[:, 0, 0]]    # one gather for the whole batch -> (B, 3, H, W)
+        images = torch.where(flip[:, None] == 1, images.flip(3), images)
+        if self.erase:
+            down, right = (torch.arange(size, device=self.device) for size in images.shape[2:])
+            hole = self._hole(down[:, None] - row) & self._hole(right - column)             # (B, H, W)
+            images = images.masked_fill(hole[:, None], 128)
+        return images
+
+    def _hole(self, offset):
+        return (offset >= -(self.erase // 2)) & (offset < (self.erase + 1) // 2)
+
+    def _send(self, array):
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+
+
+ORDER, AUGMENT = 0, 1       # two independent streams of random numbers for each (seed, epoch)
+
+
+def mix(*numbers):
+    """One 64-bit seed from several numbers, without the coincidences that adding them would bring."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def share(step, batch_size, rank, world):
+    """Where this process's part of a global batch lies in the epoch's order."""
+    start, size = step * batch_size, batch_size // world
+    return slice(start + rank * size, start + (rank + 1) * size)
+
+
+class Normalise:
+    """uint8 (B, 3, H, W) -> float32 in channels_last, each colour with mean 0 and deviation 1 over the data set."""
+
+    def __init__(self, statistics, device):
+        self.mean, self.std = (255 * torch.tensor(values, device=device)[:, None, None] for values in statistics)
+
+    def __call__(self, images):
+        return images.to(torch.float32, memory_format=torch.channels_last).sub_(self.mean).div_(self.std)
+
+
+# -------------------------------------------------------------------------------------------------- Shapes
+
+SHAPES = ("bar", "cross", "disc", "frame", "half disc", "ring", "square", "star", "triangle", "two discs")
+
+
+def draw_shapes(count, seed, size=32):
+    """Draw `count` figures: uint8 (count, 3, size, size) and labels (count,), the ten classes in equal numbers.
+
+    Place, size, rotation and both colours vary, so that no pixel on its own says anything about the class.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(count) % len(SHAPES))
+    radius = rng.uniform(6, 12, (count, 1, 1))                              # pixels
+    centre = size / 2 + rng.uniform(-1, 1, (2, count, 1, 1)) * (size / 2 - radius)
+    angle = rng.uniform(0, 2 * math.pi, (count, 1, 1))
+    back = rng.uniform(0, 1, (count, 3, 1, 1))
+    fore = (back + rng.uniform(0.3, 0.7, (count, 3, 1, 1))) % 1             # differs by 0.3 or more in each colour
+    y, x = (np.mgrid[:size, :size] + 0.5)[:, None] - centre                 # pixels from the centre, (count, H, W)
+    u = (x * np.cos(angle) + y * np.sin(angle)) / radius                    # the figure's own axes, its radius 1
+    v = (y * np.cos(angle) - x * np.sin(angle)) / radius
+    outside = np.empty_like(u)                                              # > 0 outside the figure, < 0 inside
+    for label, name in enumerate(SHAPES):
+        mine = labels == label
+        outside[mine] = distance(name, u[mine], v[mine])
+    cover = np.clip(0.5 - outside * radius, 0, 1)[:, None]                  # share of the pixel that it covers
+    images = back + (fore - back) * cover + rng.normal(0, 0.03, (count, 3, size, size))
+    return torch.from_numpy((255 * images.clip(0, 1)).round().astype(np.uint8)), torch.from_numpy(labels)
+
+
+def distance(name, u, v):
+    """About the signed distance from (u, v) to the outline of a figure of radius 1; negative inside."""
+    r, box = np.hypot(u, v), np.maximum(abs(u), abs(v))
+    bar = np.maximum(abs(u) - 1, abs(v) - 0.3)
+    if name == "star":          # five tips at radius 1, five notches at 0.4
+        tip = abs((np.arctan2(v, u) * 5 / math.pi) % 2 - 1)                 # 1 at a notch's angle, 0 at a tip's
+        return r - 1 + 0.6 * (1 - tip)
+    return {
+        "bar": bar,
+        "cross": np.minimum(bar, np.maximum(abs(v) - 1, abs(u) - 0.3)),
+        "disc": r - 0.9,
+        "frame": abs(box - 0.65) - 0.15,
+        "half disc": np.maximum(r - 1, -v),
+        "ring": abs(r - 0.8) - 0.2,
+        "square": box - 0.75,
+        "triangle": np.max([u * math.cos(a) + v * math.sin(a) for a in (0, 2.0944, 4.1888)], axis=0) - 0.5,
+        "two discs": np.hypot(abs(u) - 0.6, v) - 0.4,
+    }[name]
+
+
+# --------------------------------------------------------------------------------------------------- CIFAR
+
+
+def read_cifar(dataset, root):
+    """CIFAR-10 or -100 from the original files below `root`: ((images, labels), (images, labels), classes).
+
+    Raises ValueError where a file is damaged, FileNotFoundError where one is missing and cannot be downloaded.
+    """
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    folder = Path(root, source.base_folder)
+    for name, md5 in source.train_list + source.test_list + [(source.meta["filename"], source.meta["md5"])]:
+        if (folder / name).exists() and not check_integrity(folder / name, md5):
+            raise ValueError(f"{folder / name} is truncated or altered (its md5 is not {md5}); "
+                             f"delete {folder} and run again to download it anew")
+    try:
+        train = source(root, train=True, download=not folder.exists())
+        test = source(root, train=False)
+    except (RuntimeError, URLError, OSError) as error:
+        raise FileNotFoundError(f"{dataset} is not in {folder} and cannot be downloaded ({error}); put its original "
+                                "files there, or pass --dataset shapes (make: DATASET=shapes), which needs none") from None
+    splits = [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
+              for split in (train, test)]
+    return *splits, train.classes
+
+
+# ------------------------------------------------------------------------------------------------- Folders
+
+
+class ImageFiles(Dataset):
+    """One split of a folder of images: (epoch, index) -> uint8 (3, S, S) and label.
+
+    In training, S is cut at random from the image by a generator seeded with (seed, epoch, index), whichever
+    process does it.  With epoch None the image is resized to 8/7 S and its centre cut out.
+    Paths are kept as one numpy array: a list of a million strings would be copied into every worker.
+    """
+
+    def __init__(self, folder, size, seed):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no {folder.name}/ folder under {folder.parent}; pass --data-dir with a folder "
+                                    "that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG")
+        try:
+            found = datasets.ImageFolder(folder)
+        except FileNotFoundError as error:          # torchvision names the empty classes
+            raise FileNotFoundError(f"{folder}: {error}") from None
+        self.classes, self.seed = found.classes, seed
+        self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
+        self.labels = np.array([label for _, label in found.samples])
+        self.augmented = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+        self.plain = v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)])
+
+    def keep(self, index):
+        self.paths, self.labels = self.paths[index], self.labels[index]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        path = os.fsdecode(self.paths[index])
+        try:
+            image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no image that can be decoded ({str(error).splitlines()[0]}); "
+                             "replace or remove it") from None
+        if epoch is None:
+            return self.plain(image), self.labels[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(mix(self.seed, epoch, index))
+            return self.augmented(image), self.labels[index]
+
+
+class Folder:
+    """A data set of image files, decoded by worker processes.  Fields and methods are InMemory's."""
+
+    def __init__(self, root, size, images_per_class, train_images, workers,
+                 *, device, batch_size, seed, augment, rank, world):
+        self.device, self.augment, self.workers = torch.device(device), augment, workers
+        self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
+        self.train, self.test = (ImageFiles(Path(root, name), size, seed) for name in ("train", "val"))
+        self.classes = self.train.classes
+        if odd := sorted(set(self.classes) ^ set(self.test.classes)):
+            raise ValueError(f"train/ and val/ under {root} hold different classes; only in one of them: {', '.join(odd[:5])}")
+        if images_per_class:
+            self.train.keep(first_of_each_class(self.train, images_per_class, seed))
+        self.train.keep(subset(len(self.train), train_images, seed))
+        self.train_size, self.test_size = len(self.train), len(self.test)
+        self.steps = self.train_size // batch_size
+        self.normalise = Normalise(STATISTICS["imagenet"], device)
+
+    def train_batches(self, epoch, first_step=0):
+        order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.train_size)
+        when = epoch if self.augment else None
+        return self._load(self.train, ([(when, i) for i in order[share(step, self.batch_size, self.rank, self.world)]]
+                                       for step in range(first_step, self.steps)))
+
+    def test_batches(self):
+        return self._load(self.test, ([(None, i) for i in range(start + self.rank,
+                                                                min(start + self.batch_size, self.test_size), self.world)]
+                                      for start in range(0, self.test_size, self.batch_size)))
+
+    def view(self, index, epoch=None):
+        return torch.stack([self.train[epoch, i][0] for i in index])
+
+    def _load(self, files, batches):
+        loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda")
+        try:
+            for images, labels in loader:       # uint8 travels: a quarter of float32
+                yield self.normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+        except ValueError as error:             # a worker's exception carries its traceback; the last line says it
+            raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+
+    @property
+    def train_labels(self):
+        return torch.from_numpy(self.train.labels)
+
+
+def first_of_each_class(files, count, seed):
+    """Indices of `count` images a class, those with the lowest hash of seed and file name: alike on every machine."""
+    key = [hashlib.md5(b"%d/" % seed + os.path.basename(path)).digest() for path in files.paths.tolist()]
+    order = sorted(range(len(files)), key=lambda i: (files.labels[i], key[i]))
+    rank_in_class = np.arange(len(files)) - np.searchsorted(files.labels, files.labels[order])
+    return np.sort(np.array(order)[rank_in_class < count])
+
+
+# -------------------------------------------------------------------------------------------- The one door
+
+
+def subset(size, count, seed):
+    """Indices of the first `count` of a seeded shuffle, in their old order; all of them for 0."""
+    if count > size:
+        raise ValueError(f"--train-images is {count}, but there are {size} training images")
+    return np.sort(np.random.default_rng([seed]).permutation(size)[:count or size])
+
+
+def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, augment=True, erase=0, train_images=0,
+              images_per_class=250, image_size=224, workers=0, rank=0, world=1):
+    """A data set ready to train on: an InMemory or a Folder.
+
+    root                where CIFAR's files lie (or go), or the folder that holds train/ and val/.
+    batch_size          images a step, in all `world` processes together.
+    seed                of order, augmentation and subsets; `shapes` itself is always the same.
+    augment, erase      whether training images are cropped and flipped; side of the erased square (in memory only).
+    train_images        keep this many training images of a seeded shuffle; 0 keeps all.
+    images_per_class, image_size, workers      of folders: 0 takes all images; pixels a side; processes.
+
+    Raises ValueError or FileNotFoundError, in one line that says what to do.
+    """
+    common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank, world=world)
+    if dataset == "imagenet":
+        data = Folder(root, image_size, images_per_class, train_images, workers, **common)
+    elif dataset in DATASETS:
+        if dataset == "shapes":
+            train, test, classes = draw_shapes(8000, seed=1), draw_shapes(1000, seed=2), list(SHAPES)
+        else:
+            train, test, classes = read_cifar(dataset, root)
+        index = subset(len(train[1]), train_images, seed)
+        data = InMemory((train[0][index], train[1][index]), test, classes, STATISTICS[dataset], erase, **common)
+    else:
+        raise ValueError(f"unknown data set {dataset!r}; give one of {', '.join(DATASETS)}")
+    if data.steps < 1:
+        raise ValueError(f"the batch size {batch_size} exceeds the {data.train_size} training images")
+    return data
+
+
+# ----------------------------------------------------------------------------------------------------- Look
+
+
+def contact_sheet(data, columns=5, rows=100):
+    """uint8 (3, H, W): a row a class (the first `rows`), each of `columns` images before and after augmentation."""
+    pictures = []
+    labels = data.train_labels.cpu().numpy()
+    for label in range(min(rows, len(data.classes))):
+        index = np.flatnonzero(labels == label)[:columns]
+        pairs = torch.stack([data.view(index), data.view(index, epoch=0)], 1).flatten(0, 1).cpu()
+        missing = 2 * (columns - len(index))
+        pictures.append(torch.cat([pairs, pairs.new_full((missing, *pairs.shape[1:]), 255)]))
+    pictures = torch.cat(pictures)
+    if pictures.shape[-1] < 64:                 # small images twice as large, each pixel a square
+        pictures = F.interpolate(pictures, scale_factor=2, mode="nearest")
+    return make_grid(pictures, nrow=2 * columns, padding=4, pad_value=255)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw a contact sheet: each image before and after augmentation.",
+                                     usage=argparse.SUPPRESS)
+    parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)} (default shapes)")
+    parser.add_argument("--data-dir", default="data", help="where its files are (default data)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels a side, for folders (default 224)")
+    parser.add_argument("--out", help="the PNG to write (default runs/DATASET.png)")
+    args = parser.parse_args()
+    try:
+        data = load_data(args.dataset, args.data_dir, batch_size=1, image_size=args.image_size)
+        out = Path(args.out or f"runs/{args.dataset}.png")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_image(contact_sheet(data) / 255, out)
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: error: {error}")
+    for row, name in enumerate(data.classes[:100], start=1):
+        print(f"row {row:3d}  {name}")
+    print(f"{out}: in each row five images, each before and, right of it, after augmentation")
+
+
+if __name__ == "__main__":
+    main()

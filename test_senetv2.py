@@ -1,0 +1,636 @@
+"""Chapter 4: the claims that README and docstrings make, each against an oracle worked out independently.
+
+    make test                                    all of them, in minutes on two cores
+    make test ARGS='-k literal_branches'         some of them
+"""
+import copy
+import csv
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.io import write_jpeg, write_png
+from torchvision.transforms import v2
+
+import data
+import senetv2
+import train
+from senetv2 import AggregatedSqueezeExcitation, SqueezeExcitation, build_model
+
+HERE = Path(__file__).parent
+SMALL = (1, 1, 1, 1)
+OURS = ("resnet", "senet", "senetv2")
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """Every test draws the same numbers, and leaves the signals as they were."""
+    torch.manual_seed(0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ------------------------------------------------------------------------------------------------ The gate
+
+
+class LiteralBranches(nn.Module):
+    """SENetV2's gate as the paper draws it: K dense layers, a ReLU on each, a concatenation."""
+
+    def __init__(self, channels, reduction, cardinality):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(channels, channels // reduction) for _ in range(cardinality))
+        self.expand = nn.Linear(cardinality * (channels // reduction), channels)
+
+    def forward(self, x):
+        z = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        u = torch.cat([torch.relu(branch(z)) for branch in self.branches], dim=1)
+        return x * torch.sigmoid(self.expand(u)).unflatten(1, (-1, 1, 1))
+
+
+@pytest.mark.parametrize("channels, reduction, cardinality", [(64, 8, 4), (60, 7, 3), (256, 32, 1)])
+def test_the_wide_matrix_equals_the_literal_branches_in_outputs_and_gradients(channels, reduction, cardinality):
+    literal = LiteralBranches(channels, reduction, cardinality).double()
+    ours = AggregatedSqueezeExcitation(channels, reduction, cardinality).double()
+    ours.reduce.weight.data = torch.cat([branch.weight.data for branch in literal.branches])
+    ours.reduce.bias.data = torch.cat([branch.bias.data for branch in literal.branches])
+    ours.expand.load_state_dict(literal.expand.state_dict())
+    x = torch.randn(3, channels, 5, 4, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    weight = torch.randn_like(x)
+    (literal(a) * weight).sum().backward()
+    (ours(b) * weight).sum().backward()
+    torch.testing.assert_close(ours(b), literal(a))
+    torch.testing.assert_close(b.grad, a.grad)
+    torch.testing.assert_close(ours.reduce.weight.grad, torch.cat([br.weight.grad for br in literal.branches]))
+    torch.testing.assert_close(ours.reduce.bias.grad, torch.cat([br.bias.grad for br in literal.branches]))
+    torch.testing.assert_close(ours.expand.weight.grad, literal.expand.weight.grad)
+
+
+def test_the_gate_equals_torchvisions_squeeze_excitation():
+    theirs = torchvision.ops.SqueezeExcitation(64, 16).double()         # 1x1 convolutions, ReLU, sigmoid
+    for ours in (SqueezeExcitation(64, 4).double(), AggregatedSqueezeExcitation(64, 16, 4).double()):
+        for mine, other in ((ours.reduce, theirs.fc1), (ours.expand, theirs.fc2)):
+            mine.weight.data, mine.bias.data = other.weight.data.flatten(1), other.bias.data
+        x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
+        torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_zeroed_gate_halves_its_input():
+    block = SqueezeExcitation(channels=32, reduction=8)
+    for p in block.parameters():
+        nn.init.zeros_(p)
+    x = torch.randn(2, 32, 5, 5)
+    torch.testing.assert_close(block(x), 0.5 * x)       # sigmoid(0) = 1/2
+
+
+@pytest.mark.parametrize("kind", [SqueezeExcitation, AggregatedSqueezeExcitation])
+def test_residual_adds_the_input_as_the_released_code_does(kind):
+    block, x = kind(32, 8), torch.randn(2, 32, 5, 5)
+    released = copy.deepcopy(block)
+    released.residual = True
+    torch.testing.assert_close(released(x), x + block(x))
+    assert 0 < block.scale(x).min() and block.scale(x).max() < 1 < released.scale(x).min()
+    assert kind(32, 8, residual=True).residual and released.scale(x).shape == (2, 32, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_block_works_alone_in_any_dtype_and_memory_format(dtype):
+    block = AggregatedSqueezeExcitation(64, 8).to(dtype)
+    x = torch.randn(2, 64, 6, 5, dtype=dtype)
+    y = block(x)
+    assert y.shape == x.shape and y.dtype == dtype
+    lasting = block(x.to(memory_format=torch.channels_last))
+    assert lasting.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(lasting, y)
+
+
+def test_the_block_compiles_whole_exports_and_copies():
+    block, x = AggregatedSqueezeExcitation(64, 8).eval(), torch.randn(2, 64, 6, 6)
+    torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
+    torch.testing.assert_close(torch.export.export(block, (x,)).module()(x), block(x))
+    torch.testing.assert_close(copy.deepcopy(block)(x), block(x))
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: SqueezeExcitation(16, 32), ("reduction 32", "16 channels", "16 is the largest")),
+    (lambda: AggregatedSqueezeExcitation(16, 0), ("reduction 0", "16 channels")),
+    (lambda: AggregatedSqueezeExcitation(64, 8, 0), ("cardinality is 0", "1 or more")),
+    (lambda: build_model("senetv2", reduction=512), ("reduction 512", "256 channels")),
+    (lambda: build_model("senet", layers=(1, 1, 1)), ("1,1,1", "four positive")),
+    (lambda: build_model("senet", layers=(1, 1, 0, 1)), ("1,1,0,1", "four positive")),
+    (lambda: build_model("resnet", stem="tiny"), ("'tiny'", "imagenet, cifar")),
+    (lambda: build_model("senet3"), ("'senet3'", "senetv2")),
+])
+def test_impossible_networks_are_refused_in_words_that_name_the_way_out(make, said):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(part in str(error.value) for part in said) and "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------- The network
+
+
+@pytest.mark.parametrize("stem, side", [("imagenet", 8), ("cifar", 32)])
+@pytest.mark.parametrize("name", OURS)
+def test_stages_have_resnets_shapes(name, stem, side):
+    net, x = build_model(name, 7, SMALL, stem), torch.randn(2, 3, 32, 32)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    assert x.shape == (2, 64, side, side)
+    for stage, channels in ((net.layer1, 256), (net.layer2, 512), (net.layer3, 1024), (net.layer4, 2048)):
+        x = stage(x)
+        assert x.shape == (2, channels, side, side)
+        side //= 2
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def gates_by_hand(layers, width):
+    """Parameters of two dense layers with biases, C -> width(C) -> C, in every bottleneck."""
+    return sum(n * (2 * c * width(c) + width(c) + c) for n, c in zip(layers, (256, 512, 1024, 2048)))
+
+
+@pytest.mark.parametrize("layers, classes, plain, senet, senetv2, paper", [
+    ((3, 4, 6, 3), 10, 23_528_522, 1_273_048, 5_046_880, ("1.28", "5.05")),
+    ((3, 4, 6, 3), 100, 23_712_932, 1_273_048, 5_046_880, ("1.28", "5.05")),
+    ((3, 4, 6, 3), 1000, 25_557_032, 1_273_048, 5_046_880, ("1.28", "5.05")),
+    (SMALL, 10, 8_036_426, 352_120, 1_396_960, ("0.35", "1.40")),
+])
+def test_parameter_counts_are_those_worked_out_by_hand_and_the_papers(layers, classes, plain, senet, senetv2, paper):
+    assert gates_by_hand(layers, lambda c: c // 32) == senet
+    assert gates_by_hand(layers, lambda c: 4 * (c // 32)) == senetv2
+    with torch.device("meta"):
+        count = {name: parameters(build_model(name, classes, layers)) for name in OURS}
+        assert parameters(build_model("senet", classes, layers, reduction=8)) == count["senetv2"]
+    assert count == {"resnet": plain, "senet": plain + senet, "senetv2": plain + senetv2}
+    for added, claim in zip((senet, senetv2), paper):       # two decimals of a difference of two rounded figures
+        assert abs(added / 1e6 - float(claim)) <= 0.01
+
+
+def test_the_table_prints_these_counts(capsys):
+    senetv2.print_table(32, "imagenet")
+    text = capsys.readouterr().out
+    for figure in ("23,712,932", "1,273,048", "5,046,880", "8,036,426", "352,120", "1,396,960", "5.05 M", "0.35 M"):
+        assert figure in text
+
+
+def test_multiply_adds_are_those_worked_out_by_hand():
+    net = build_model("senetv2", 10, SMALL)
+    # conv1, then per stage: 1x1, 3x3, 1x1, the downsampling 1x1 and the two dense layers; then the classifier
+    work, inplanes, side = 16 * 16 * 64 * 3 * 49, 64, 8
+    for planes, stride in ((64, 1), (128, 2), (256, 2), (512, 2)):
+        out = side // stride
+        work += side**2 * inplanes * planes + out**2 * planes * (9 * planes + 4 * planes) + out**2 * inplanes * 4 * planes
+        work += 2 * 4 * planes * 4 * (4 * planes // 32)
+        inplanes, side = 4 * planes, out
+    assert senetv2.multiply_adds(net, 32) == work + 2048 * 10
+
+
+def train_steps(net, steps=4):
+    """Weights and losses after a few steps of Adam on fixed random batches."""
+    generator = torch.Generator().manual_seed(5)
+    optimizer, losses = torch.optim.Adam(net.parameters(), 1e-3), []
+    for _ in range(steps):
+        x, y = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator)
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, net.state_dict()
+
+
+def test_senetv2_is_senet_with_a_quarter_of_the_reduction_bit_for_bit_through_training():
+    nets = []
+    for name, reduction in (("senetv2", 32), ("senet", 8)):
+        torch.manual_seed(3)
+        nets.append(train_steps(build_model(name, 10, SMALL, reduction=reduction, cardinality=4)))
+    (losses, weights), (other_losses, other_weights) = nets
+    assert losses == other_losses and weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
+
+
+def test_all_variants_start_from_the_same_trunk():
+    trunks = []
+    for name in OURS:
+        torch.manual_seed(3)
+        trunks.append({k: v for k, v in build_model(name, 10, SMALL).state_dict().items() if "gate" not in k})
+    for trunk in trunks[1:]:
+        assert trunk.keys() == trunks[0].keys()
+        assert all(torch.equal(trunk[key], trunks[0][key]) for key in trunk)
+
+
+def test_torchvisions_resnet50_weights_load_with_only_the_gates_missing():
+    with torch.device("meta"):
+        net, theirs = build_model("senetv2", 1000), torchvision.models.resnet50()
+        result = net.load_state_dict(theirs.state_dict(), strict=False)
+    assert result.unexpected_keys == [] and len(result.missing_keys) == 16 * 4      # 16 gates of 2 weights, 2 biases
+    assert all(".gate." in key for key in result.missing_keys)
+
+
+def test_the_bottleneck_gates_the_last_norm_before_the_addition():
+    torch.manual_seed(1)
+    gated = build_model("senet", 10, SMALL, reduction=16).layer2[0].double()
+    plain = torchvision.models.resnet.Bottleneck(256, 128, stride=2, downsample=copy.deepcopy(gated.downsample)).double()
+    plain.load_state_dict(gated.state_dict(), strict=False)
+    captured = []
+    plain.bn3.register_forward_hook(lambda module, args, out: captured.append(out) or gated.gate(out))
+    x = torch.randn(2, 256, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(gated(x), plain(x))
+    assert captured[0].shape == (2, 512, 4, 4)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_single_batch_is_learnt_by_heart(name):
+    images, labels = data.draw_shapes(20, seed=3)
+    x, net = images.float() / 127.5 - 1, build_model(name, 10, SMALL)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert (net(x).argmax(1) == labels).all()
+
+
+# ------------------------------------------------------------------------------------------ Sets in memory
+
+
+def numbered(count=200, size=32, **options):
+    """A set whose image i is filled with the value i + 1, to see where images go (the padding is 0)."""
+    images = torch.arange(1, count + 1, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, size, size).contiguous()
+    both = images, torch.arange(count) % 10
+    options = dict(erase=0, device="cpu", batch_size=32, seed=0, augment=True, rank=0, world=1) | options
+    return data.InMemory(both, (images[:50], both[1][:50]), list("abcdefghij"), ((0, 0, 0), (1, 1, 1)), **options)
+
+
+def epoch_of(source, epoch=0, **options):
+    """The whole epoch: images in 0..1 (or normalised), labels."""
+    return tuple(torch.cat(part) for part in zip(*source.train_batches(epoch, **options)))
+
+
+def test_a_batch_is_a_function_of_seed_epoch_and_step():
+    images, labels = epoch_of(numbered())
+    again, _ = epoch_of(numbered())
+    assert torch.equal(images, again)
+    for other in (epoch_of(numbered(), epoch=1)[0], epoch_of(numbered(seed=1))[0]):
+        assert not torch.equal(images, other)
+    late, late_labels = epoch_of(numbered(), first_step=4)
+    assert torch.equal(images[4 * 32:], late) and torch.equal(labels[4 * 32:], late_labels)
+
+
+def test_an_epoch_shows_no_image_twice_and_drops_the_incomplete_batch():
+    images, labels = epoch_of(numbered())
+    numbers = (images[:, 0, 16, 16] * 255).round().int() - 1
+    assert len(images) == 6 * 32 and len(set(numbers.tolist())) == 6 * 32
+    assert torch.equal(labels, numbers % 10)
+
+
+def test_processes_share_each_batch_and_count_each_test_image_once():
+    whole = list(numbered().train_batches(0))
+    parts = [list(numbered(rank=rank, world=4).train_batches(0)) for rank in range(4)]
+    for step, (images, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([part[step][0] for part in parts]), images)
+        assert torch.equal(torch.cat([part[step][1] for part in parts]), labels)
+    for world in (1, 3):
+        seen = [numbered(rank=rank, world=world).test_batches() for rank in range(world)]
+        numbers = sorted(n for part in seen for x, _ in part for n in (x[:, 0, 0, 0] * 255).round().int().tolist())
+        assert numbers == list(range(1, 51))
+
+
+def test_crops_and_flips_are_torchvisions_and_uniform():
+    picture = torch.arange(32 * 32, dtype=torch.float32).reshape(1, 32, 32).mul(255 / 1024).round().to(torch.uint8)
+    picture = torch.stack([picture[0], picture[0].T, picture[0].flip(1)])           # no two crops of it are alike
+    count = 4000
+    source = data.InMemory((picture.expand(count, -1, -1, -1), torch.zeros(count, dtype=torch.int64)),
+                           (picture[None], torch.zeros(1, dtype=torch.int64)), ["a"], ((0, 0, 0), (1, 1, 1)), 0,
+                           device="cpu", batch_size=500, seed=0, augment=True, rank=0, world=1)
+    padded, known = F.pad(picture, (4,) * 4), {}
+    for top in range(9):
+        for left in range(9):
+            crop = v2.functional.crop(padded, top, left, 32, 32)
+            known[crop.numpy().tobytes()] = (top, left, 0)
+            known[v2.functional.horizontal_flip(crop).numpy().tobytes()] = (top, left, 1)
+    seen = [known[image.numpy().tobytes()] for image in source.view(np.arange(count), epoch=0)]
+    for axis, choices in enumerate((9, 9, 2)):
+        counts = np.bincount([draw[axis] for draw in seen], minlength=choices)
+        expected, spread = count / choices, math.sqrt(count / choices * (1 - 1 / choices))
+        assert (abs(counts - expected) < 4 * spread).all()
+    assert len(set(seen)) == 9 * 9 * 2
+
+
+def test_an_erasure_is_a_grey_square_that_may_hang_over_the_edge():
+    source = numbered(200, erase=8)
+    holes = (source.view(np.arange(200), epoch=0) == 128).all(1)
+    areas = holes.flatten(1).sum(1)
+    areas = areas[torch.arange(200) != 127]                                 # that one is grey all over
+    assert areas.max() == 64 and areas.min() >= 16 and (areas < 64).any()
+    assert not (source.view(np.arange(100)) == 128).any()
+
+
+def test_test_images_are_never_augmented_and_normalised_as_torchvision_does():
+    train_set, test_set = data.draw_shapes(64, seed=1), data.draw_shapes(30, seed=2)
+    source = data.InMemory(train_set, test_set, list(data.SHAPES), data.STATISTICS["shapes"], 8,
+                           device="cpu", batch_size=16, seed=0, augment=True, rank=0, world=1)
+    oracle = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(*data.STATISTICS["shapes"])])
+    for _ in range(2):
+        seen = torch.cat([images for images, _ in source.test_batches()])
+        torch.testing.assert_close(seen, oracle(test_set[0]))
+    assert torch.equal(torch.cat([labels for _, labels in source.test_batches()]), test_set[1])
+
+
+def test_without_augmentation_training_images_stay_as_they_are():
+    images, _ = epoch_of(numbered(augment=False))
+    assert (images == images[:, :1, :1, :1]).all()
+
+
+def test_train_images_takes_the_first_of_a_seeded_shuffle():
+    small, large = (set(data.subset(1000, count, seed=4).tolist()) for count in (50, 200))
+    assert len(small) == 50 and small < large and small != set(data.subset(1000, 50, seed=5).tolist())
+    assert len(data.load_data("shapes", train_images=128).train_labels) == 128
+
+
+# -------------------------------------------------------------------------------------------------- Shapes
+
+
+def test_shapes_are_always_the_same_and_their_statistics_are_those_in_the_table():
+    images, labels = data.draw_shapes(8000, seed=1)
+    assert torch.equal(data.draw_shapes(100, seed=2)[0], data.draw_shapes(100, seed=2)[0])
+    assert torch.bincount(labels).tolist() == [800] * 10
+    pixels = images.double() / 255
+    for values, known in zip((pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))), data.STATISTICS["shapes"]):
+        torch.testing.assert_close(values.float(), torch.tensor(known), atol=6e-5, rtol=0)
+
+
+def test_a_linear_classifier_on_the_pixels_fails_on_shapes():
+    (x, y), (test_x, test_y) = data.draw_shapes(8000, seed=1), data.draw_shapes(1000, seed=2)
+    x, test_x = (F.pad(images.flatten(1).float() / 127.5 - 1, (0, 1), value=1) for images in (x, test_x))
+    for ridge in (10, 1000, 100000):        # least squares, closed form
+        weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ F.one_hot(y).float())
+        assert ((test_x @ weights).argmax(1) == test_y).float().mean() < 0.25
+
+
+# --------------------------------------------------------------------------------------------------- CIFAR
+
+
+def write_cifar(root, dataset, monkeypatch, images=6):
+    """Files in the original format, with random pixels; torchvision is told their md5.  Returns pixels and labels."""
+    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+    key, classes = ("labels", 10) if dataset == "cifar10" else ("fine_labels", 100)
+    rng, folder, written = np.random.default_rng(0), Path(root, source.base_folder), {}
+    folder.mkdir(parents=True)
+
+    def put(name, content):
+        blob = pickle.dumps(content)
+        (folder / name).write_bytes(blob)
+        return hashlib.md5(blob).hexdigest()
+
+    for part in ("train_list", "test_list"):
+        lines = []
+        for name, _ in getattr(source, part):
+            pixels = rng.integers(0, 256, (images, 3 * 32 * 32), dtype=np.uint8)        # a row: red, green, blue planes
+            labels = rng.integers(0, classes, images).tolist()
+            lines.append([name, put(name, {"data": pixels, key: labels})])
+            written.setdefault(part, []).append((pixels.reshape(-1, 3, 32, 32), labels))
+        monkeypatch.setattr(source, part, lines)
+    names = [f"class {i}" for i in range(classes)]
+    meta = source.meta | {"md5": put(source.meta["filename"], {source.meta["key"]: names})}
+    monkeypatch.setattr(source, "meta", meta)
+    return {part: (np.concatenate([p for p, _ in blocks]), sum((l for _, l in blocks), [])) for part, blocks in written.items()}
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar_is_read_from_files_in_the_original_format(dataset, tmp_path, monkeypatch):
+    written = write_cifar(tmp_path, dataset, monkeypatch)
+    source = data.load_data(dataset, tmp_path, batch_size=2)
+    count = source.train_size
+    assert np.array_equal(source.view(np.arange(count)).numpy(), written["train_list"][0])
+    assert source.train_labels.tolist() == written["train_list"][1]
+    assert np.array_equal(source.test_images.numpy(), written["test_list"][0])
+    assert source.test_labels.tolist() == written["test_list"][1]
+    assert source.classes[3] == "class 3" and len(source.classes) == (10 if dataset == "cifar10" else 100)
+
+
+def test_a_damaged_cifar_file_is_named(tmp_path, monkeypatch):
+    write_cifar(tmp_path, "cifar10", monkeypatch)
+    broken = tmp_path / "cifar-10-batches-py" / "data_batch_4"
+    broken.write_bytes(broken.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="data_batch_4 is truncated or altered"):
+        data.load_data("cifar10", tmp_path)
+
+
+def test_without_cifar_and_network_the_way_out_is_named(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise data.URLError("no network")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    with pytest.raises(FileNotFoundError, match="cifar-10-batches-py.*DATASET=shapes"):
+        data.load_data("cifar10", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- Folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ with three classes: JPEGs of many sizes, grayscale and colour, and a PNG named .JPEG."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("val", 3)):
+        for label in ("cat", "dog", "owl"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                size = (1 if i % 4 == 1 else 3, 20 + 7 * i, 60 - 3 * i)
+                image = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+                (write_png if i % 4 == 2 else write_jpeg)(image, str(tmp_path / split / label / f"{label}_{i}.JPEG"))
+    return tmp_path
+
+
+def load_folder(root, **options):
+    return data.load_data("imagenet", root, **dict(batch_size=8, image_size=32, images_per_class=0) | options)
+
+
+def test_folder_batches_do_not_depend_on_the_number_of_workers(folder):
+    images, labels = epoch_of(load_folder(folder), epoch=3)
+    assert images.shape == (32, 3, 32, 32)
+    for workers in (1, 2):
+        other, other_labels = epoch_of(load_folder(folder, workers=workers), epoch=3)
+        assert torch.equal(images, other) and torch.equal(labels, other_labels)
+    late, _ = epoch_of(load_folder(folder, workers=2), epoch=3, first_step=2)
+    assert torch.equal(images[16:], late)
+    assert not torch.equal(images, epoch_of(load_folder(folder), epoch=4)[0])
+
+
+def test_folder_test_images_are_the_resized_centre(folder):
+    source = load_folder(folder)
+    path = folder / "val" / "cat" / "cat_0.JPEG"
+    oracle = v2.Compose([v2.Resize(36, antialias=True), v2.CenterCrop(32), v2.ToDtype(torch.float32, scale=True),
+                         v2.Normalize(*data.STATISTICS["imagenet"])])
+    images, labels = next(source.test_batches())
+    torch.testing.assert_close(images[0], oracle(torchvision.io.decode_image(str(path), mode="RGB")))
+    assert sum(len(labels) for _, labels in source.test_batches()) == 9 and labels[0] == 0
+
+
+def test_a_cut_folder_keeps_the_lowest_hashes_of_every_class(folder):
+    kept = {os.path.basename(os.fsdecode(path)) for path in load_folder(folder, images_per_class=5).train.paths}
+    oracle = {name for label in ("cat", "dog", "owl") for name in
+              sorted(os.listdir(folder / "train" / label), key=lambda n: hashlib.md5(f"0/{n}".encode()).hexdigest())[:5]}
+    assert kept == oracle
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda root: (root / "train").rename(root / "other"), "no train/ folder"),
+    (lambda root: (root / "val" / "owl").rename(root / "val" / "elk"), "different classes.*elk, owl"),
+    (lambda root: [path.unlink() for path in (root / "train" / "dog").iterdir()], "dog"),
+    (lambda root: [path.write_bytes(b"no image") for path in (root / "val" / "cat").iterdir()], "cat_0.JPEG is no image"),
+])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, spoil, said, workers):
+    spoil(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as error:
+        for _ in load_folder(folder, workers=workers).test_batches():
+            pass
+    assert "\n" not in str(error.value)
+
+
+def test_the_contact_sheet_has_a_row_a_class_and_pairs_of_before_and_after():
+    sheet = data.contact_sheet(data.load_data("shapes", train_images=500))
+    assert sheet.shape == (3, 10 * 68 + 4, 10 * 68 + 4) and sheet.dtype == torch.uint8
+    before, after = sheet[:, 4:68, 4:68], sheet[:, 4:68, 72:136]
+    assert not torch.equal(before, after)
+
+
+# ------------------------------------------------------------------------------------------------ Training
+
+QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2"]
+
+
+def run(*flags, **options):
+    """train.py as a user starts it."""
+    return subprocess.run([sys.executable, HERE / "train.py", *map(str, flags)], capture_output=True, text=True, **options)
+
+
+def complaint(capsys, *flags):
+    """The one line with which train.py refuses these flags."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(flag) for flag in flags])
+    text = stop.value.code if isinstance(stop.value.code, str) else capsys.readouterr().err
+    assert stop.value.code not in (0, None) and "\n" not in text.strip()
+    return text
+
+
+def rows(out):
+    with open(out / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_through_the_command_line(tmp_path):
+    out = tmp_path / "run"
+    first = run(*QUICK, "--out", out)
+    assert first.returncode == 0 and first.stderr == "" and "done: top-1" in first.stdout
+    assert len([line for line in first.stdout.splitlines() if "/2  " in line]) == 2
+    table = rows(out)
+    assert [row["epoch"] for row in table] == ["1", "2"] and 0 <= float(table[1]["top1"]) <= 100
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    assert settings["model"] == "senetv2" and settings["layers"] == "1,1,1,1" and settings["batch_size"] == 32
+    again = run(*QUICK, "--out", out)
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    judged = run("--evaluate", "--checkpoint", out / "last.pt")
+    assert f"top-1 {float(table[1]['top1']):.2f}%" in judged.stdout and len(judged.stdout.splitlines()) == 11
+    net = senetv2.load(out / "last.pt")
+    assert net.classes == list(data.SHAPES) and not net.training
+    images, labels = data.draw_shapes(1000, seed=2)
+    with torch.no_grad():
+        logits = net(data.Normalise(data.STATISTICS["shapes"], "cpu")(images))
+    assert f"{100 * (logits.argmax(1) == labels).float().mean().item():.2f}" == f"{float(table[1]['top1']):.2f}"
+
+
+def test_a_mistyped_command_ends_in_one_line_without_a_traceback(tmp_path):
+    result = run("--model", "senetv3", cwd=tmp_path)
+    assert result.returncode != 0 and result.stderr.count("\n") == 1 and "senetv3" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--dataset", "cifar11"], ("cifar11", "cifar100")),
+    (["--model", "senetv3"], ("senetv3", "senetv2")),
+    (["--stem", "tiny"], ("tiny", "cifar")),
+    (["--layers", "3,4,6"], ("3,4,6", "four positive")),
+    (["--layers", "3,4,0,3"], ("3,4,0,3", "four positive")),
+    (["--epochs", "0"], ("--epochs", "0", "positive")),
+    (["--epochs", "-1"], ("--epochs", "-1", "positive")),
+    (["--batch-size", "0"], ("--batch-size", "positive")),
+    (["--batch-size", "x"], ("--batch-size", "x")),
+    (["--batch-size", "9000"], ("9000", "8000")),
+    (["--train-images", "-5"], ("--train-images", "-5")),
+    (["--train-images", "8001"], ("8001", "8000")),
+    (["--cardinality", "0"], ("--cardinality", "positive")),
+    (["--reduction", "0"], ("--reduction", "positive")),
+    (["--reduction", "257"], ("257", "256")),
+    (["--lr", "nan"], ("--lr", "positive")),
+    (["--dataset", "imagenet"], ("train/", "--data-dir")),
+    (["--evaluate", "--checkpoint", "nowhere.pt"], ("nowhere.pt", "train first")),
+])
+def test_bad_input_is_refused_in_one_line_and_leaves_nothing_behind(flags, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = complaint(capsys, *flags)
+    assert all(part in text for part in said), text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device here")
+def test_a_missing_gpu_is_said(capsys):
+    assert "--device cpu" in complaint(capsys, "--device", "cuda")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two short epochs, done in this process."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    train.main([*QUICK, "--out", str(out)])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return out
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile",)
+
+
+@pytest.mark.parametrize("content", [lambda good: good[:len(good) // 2], lambda good: b"", lambda good: pickle.dumps(Hostile())])
+def test_a_damaged_or_hostile_checkpoint_is_refused(content, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    bad = tmp_path / "run" / "last.pt"
+    bad.parent.mkdir()
+    bad.write_bytes(content((finished / "last.pt").read_bytes()))
+    for flags in (["--evaluate", "--checkpoint", bad], [*QUICK, "--out", bad.parent]):
+        assert "last.pt is damaged" in complaint(capsys, *flags)
+    assert not (tmp_path / "hostile").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_every_difference(finished, capsys):
+    before = (finished / "last.pt").read_bytes()
+    text = complaint(capsys, *QUICK, "--out", finished, "--lr", "0.01", "--model", "resnet")
+    assert "lr was 0.001, is 0.01" in text and "model was senetv2, is resnet" in text
+    assert "--out" in text and "--restart" in text and (finished / "last.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, capsys):
+    text = complaint(capsys, *QUICK, "--out", tmp_path, "--lr", "1e30")
+    assert "no longer finite at step" in text and not (tmp_path / "last.pt").exists()

@@ -1,0 +1,491 @@
+"""Chapter 3: training.  Forward, loss, backward, step; and a run that survives whatever interrupts it.
+
+    python train.py                                             shapes, minutes on a laptop, no download
+    python train.py --dataset cifar10 --model senetv2           the paper's network and recipe
+    python train.py --evaluate --checkpoint runs/NAME/last.pt   loss, top-1, top-5, accuracy of each class
+    torchrun --nproc-per-node 8 train.py --dataset cifar10      the same run on eight GPUs
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
+
+A run lives in runs/NAME, named after what defines its result:
+
+    config.json     its settings, and the hardware and versions that it ran on
+    metrics.csv     a row an epoch
+    last.pt         everything needed to go on: the same command continues where the run stopped
+
+Interrupted equals uninterrupted, to the bit on a CPU.  It holds because every batch is a function of (seed,
+epoch, step), torch is seeded from (seed, step) before each step, and last.pt holds all the rest: weights, Adam's
+moments, the step, the history and the losses of the epoch that was running.
+
+The accuracy of a run is that of its last epoch, never the best epoch on the test set.
+"""
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+
+from data import DATASETS, load_data, mix
+from senetv2 import GATES, OURS, STEMS, build_model, load, read_checkpoint
+
+# ------------------------------------------------------------------------------------------------ Settings
+
+# The paper says Adam, cross-entropy, ResNet-50, and r = 32, K = 4 in its tables.  What it leaves open is chosen here.
+RECIPES = {
+    "paper": dict(stem="imagenet", optimizer="adam", lr=1e-3, warmup=0.05, weight_decay=0.0, label_smoothing=0.0, erase=0,
+                  epochs=30, batch_size=128),
+    "strong": dict(stem="cifar", optimizer="sgd", lr=0.1, warmup=0.05, weight_decay=5e-4, label_smoothing=0.1, erase=8,
+                   epochs=100, batch_size=128),
+}
+# The embedded set is for a laptop: the paper's small net in the place of ResNet-50, and a short run.
+DATASET_DEFAULTS = {"shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64)}
+
+# What defines a result; hardware, workers and compilation do not.  Some of it says nothing for some models and sets.
+RESULT = ("dataset", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "optimizer", "lr",
+          "warmup", "weight_decay", "label_smoothing", "epochs", "batch_size", "train_images", "images_per_class",
+          "image_size", "augment", "erase", "seed")
+ONLY_FOR = {"layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES, "cardinality": ("senetv2",),
+            "images_per_class": ("imagenet",), "image_size": ("imagenet",), "erase": ("shapes", "cifar10", "cifar100")}
+
+
+def positive(kind):
+    def parse(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = -1
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a positive {'whole ' if kind is int else ''}number")
+        return number
+    return parse
+
+
+def natural(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
+    return int(text)
+
+
+def share(text):
+    if not text.replace(".", "", 1).isdecimal() or float(text) > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")
+    return float(text)
+
+
+def four_numbers(text):
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(n.isdecimal() and int(n) for n in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not four positive numbers, such as 3,4,6,3 or 1,1,1,1")
+    return text
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(prog="train.py", description="Train and evaluate SENetV2 and what it is compared with.",
+                                     usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
+    add("--data-dir", default="data", help="where its files are, or go")
+    add("--train-images", type=natural, default=0, help="train on the first N of a seeded shuffle; 0: all")
+    add("--images-per-class", type=natural, default=250, help="imagenet: training images a class; 0: all")
+    add("--image-size", type=positive(int), default=224, help="imagenet: pixels a side")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="random crop and flip")
+    add("--erase", type=natural, help="side in pixels of the square erased from each training image; not for imagenet")
+    add("--workers", type=natural, default=min(8, os.cpu_count()), help="imagenet: processes that decode")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="senetv2", help=f"{', '.join(OURS)}, or a classification network of torchvision")
+    add("--layers", type=four_numbers, default="3,4,6,3", help="bottlenecks a stage; shapes has 1,1,1,1")
+    add("--stem", choices=STEMS, help="imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1")
+    add("--reduction", type=positive(int), default=32, help="r: channels over hidden units of a dense layer in the gate")
+    add("--cardinality", type=positive(int), default=4, help="K: parallel dense layers (senetv2)")
+    add("--residual", action=argparse.BooleanOptionalAction, default=False,
+        help="gate x by 1 + s, as the released code does, not by s")
+    add = parser.add_argument_group("optimisation; defaults from the recipe").add_argument
+    add("--recipe", choices=RECIPES, default="paper", help="where the other defaults come from")
+    add("--optimizer", choices=("adam", "sgd"), help="sgd: with Nesterov momentum 0.9")
+    add("--lr", type=positive(float), help="learning rate at its peak")
+    add("--warmup", type=share, help="share of the run in which it rises; it then falls to 0 as a cosine")
+    add("--weight-decay", type=share, help="L2 penalty on weights; norms and biases have none")
+    add("--label-smoothing", type=share, help="share of the target spread over all classes")
+    add("--epochs", type=positive(int), help="passes over the training images")
+    add("--batch-size", type=positive(int), help="images a step, in all processes together")
+    add = parser.add_argument_group("run").add_argument
+    add("--seed", type=natural, default=0, help="of weights, order and augmentation")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
+    add("--compile", action="store_true", help="use torch.compile")
+    add("--out", help="the run's folder; by default runs/ and a name made from the settings")
+    add("--restart", action="store_true", help="start the run anew, even if it can go on")
+    add("--checkpoint-minutes", type=positive(float), default=5.0, help="minutes between checkpoints")
+    add("--evaluate", action="store_true", help="only evaluate --checkpoint, on --data-dir")
+    add("--checkpoint", help="the file to evaluate; by default the run's last.pt")
+    parser.set_defaults(**RECIPES["paper"])
+    return parser
+
+
+def parse_args(argv=None):
+    """(args, settings): all flags, and what defines the result as a dict of plain values; args.name names the run."""
+    parser = make_parser()
+    chosen, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**RECIPES[chosen.recipe])
+    parser.set_defaults(**DATASET_DEFAULTS.get(chosen.dataset, {}))
+    args, default = parser.parse_args(argv), parser.parse_args([])
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no cuda device here; pass --device cpu, or leave it out")
+    settings = {key: getattr(args, key) for key in RESULT
+                if key not in ONLY_FOR or args.model in ONLY_FOR[key] or args.dataset in ONLY_FOR[key]}
+    changed = [f"{key}{value}" for key, value in settings.items()
+               if value != getattr(default, key) and key not in ("dataset", "model", "recipe", "seed")]
+    args.name = "-".join([args.dataset, args.model, args.recipe, *changed, f"seed{args.seed}"])
+    return args, settings
+
+
+# ---------------------------------------------------------------------------------------------- The loop
+
+
+def train(args, settings, data, net, optimizer, saved, out):
+    """Train to the last epoch, from the start or from the checkpoint `saved`; returns the history, a dict an epoch."""
+    rank, world = process()
+    model = torch.compile(net) if args.compile else net
+    if world > 1:       # buffers go round before they are saved or used, not at every step
+        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    step, history, total = 0, [], settings["epochs"] * data.steps
+    losses = torch.zeros(data.steps, device=data.device)        # of the running epoch, one a step
+    began = time.perf_counter()
+    if saved:
+        step, history = saved["step"], saved["history"]
+        net.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        losses.copy_(saved["losses"])
+        began -= saved["seconds"]
+    watch, progress = Watch(args.checkpoint_minutes), Progress(total, step)
+
+    def gather():
+        """Make losses and buffers alike in all processes; stop if they are no longer numbers."""
+        if world > 1:
+            dist.all_reduce(losses)
+            losses.div_(world)
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
+        check_finite(losses, net, step)
+
+    def save():
+        gather()
+        if rank == 0:
+            checkpoint = dict(settings=settings, network=network(settings, data.classes), classes=data.classes, step=step,
+                              history=history, losses=losses, seconds=time.perf_counter() - began, model=net.state_dict(),
+                              optimizer=optimizer.state_dict(), torch=str(torch.__version__))
+            write(out / "last.pt", lambda file: torch.save(checkpoint, file))
+            write(out / "metrics.csv", lambda file: file.write(as_csv(history)))
+
+    def save_or_stop():
+        number, due = watch.agree()
+        if number or due:
+            save()
+        if number:
+            if world > 1:       # the first process to leave would get the others killed in the middle of the save
+                dist.barrier()
+            progress.clear()
+            sys.exit(128 + number)
+
+    for epoch in range(len(history), settings["epochs"]):
+        net.train()
+        for images, labels in data.train_batches(epoch, first_step=step - epoch * data.steps):
+            torch.manual_seed(mix(settings["seed"], rank, step))        # so dropout is a function of the step, too
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, total, settings["warmup"], settings["lr"])
+            with autocast(data.device):
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[step % data.steps] = loss.detach()           # left on the device: reading it would wait for it
+            step += 1
+            progress.show(step, losses, data)
+            save_or_stop()
+        gather()
+        seconds = time.perf_counter() - began
+        result = evaluate(net, data, after_batch=save_or_stop)
+        history.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], train_loss=losses.mean().item(),
+                            test_loss=result["loss"], top1=result["top1"], top5=result["top5"],
+                            images_per_second=data.steps * data.batch_size / seconds, seconds=seconds))
+        progress.epoch(history, settings["epochs"], len(data.classes) > 10)
+        if rank == 0:
+            write(out / "metrics.csv", lambda file: file.write(as_csv(history)))
+        losses.zero_()
+        began = time.perf_counter()
+    save()
+    return history
+
+
+def make_optimizer(net, settings):
+    groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=settings["weight_decay"]),
+              dict(params=[p for p in net.parameters() if p.ndim <= 1], weight_decay=0.0)]    # norms and biases
+    if settings["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, settings["lr"], momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.Adam(groups, settings["lr"], fused=True)
+
+
+def learning_rate(step, total, warmup, peak):
+    """Up to `peak` in a straight line over the first `warmup` share of all steps, then down to 0 as a cosine."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
+
+
+def autocast(device):
+    """On a GPU, convolutions and matrix products run in bfloat16, whose range needs no loss scaling."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+@torch.no_grad()
+def evaluate(net, data, after_batch=lambda: None):
+    """Over all test images, each once: loss, top1 and top5 (in %), and per_class, the top-1 of each class (in %)."""
+    net.eval()
+    top = min(5, len(data.classes))
+    sums = torch.zeros(2, dtype=torch.float64, device=data.device)                          # loss, top-5 hits
+    classes = torch.zeros(2, len(data.classes), dtype=torch.float64, device=data.device)    # top-1 hits, images
+    for images, labels in data.test_batches():
+        with autocast(data.device):
+            logits = net(images)
+        hits = logits.topk(top).indices == labels[:, None]                                  # (B, 5)
+        sums += torch.stack([F.cross_entropy(logits.double(), labels, reduction="sum"), hits.sum()])
+        classes.index_add_(1, labels, torch.stack([hits[:, 0], torch.ones_like(labels)]).double())
+        after_batch()
+    if process()[1] > 1:
+        dist.all_reduce(sums)
+        dist.all_reduce(classes)
+    (loss, top5), (hits, images) = sums.tolist(), classes
+    count = images.sum().item()
+    return dict(loss=loss / count, top1=100 * hits.sum().item() / count, top5=100 * top5 / count,
+                per_class=(100 * hits / images).tolist())
+
+
+def check_finite(losses, net, step):
+    """End the run where a loss or a weight is no longer a number; called before every save, so last.pt stays good."""
+    bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+    if bad:
+        step += bad[0] + 1 - (step % len(losses) or len(losses))
+    elif all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        return
+    fail(f"the loss or the weights are no longer finite at step {step}; the last checkpoint is from before it; "
+         "try a smaller --lr")
+
+
+# ----------------------------------------------------------------------------------- Processes and signals
+
+
+def process():
+    """(rank, world): which process this is, and of how many."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Watch:
+    """Says when to save and when to stop, alike in all processes.  A second Ctrl-C stops at once."""
+
+    def __init__(self, minutes):
+        self.number, self.minutes, self.last = 0, minutes, time.monotonic()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.notice)
+
+    def notice(self, number, frame):
+        self.number = number
+        if process()[1] == 1:       # torchrun passes Ctrl-C on, so there each process gets it twice
+            signal.signal(number, signal.SIG_DFL)
+
+    def agree(self):
+        """(the signal that came or 0, whether a checkpoint is due)."""
+        due = time.monotonic() - self.last > 60 * self.minutes
+        flags = torch.tensor([self.number, due])
+        if process()[1] > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)       # on the CPU, by gloo: the GPU does not wait
+        if flags[1]:
+            self.last = time.monotonic()
+        return flags.tolist()
+
+
+# -------------------------------------------------------------------------------------------------- Report
+
+
+class Progress:
+    """What the terminal shows: a line an epoch, and on a terminal one that moves within the epoch."""
+
+    def __init__(self, total, step):
+        self.on, self.live = process()[0] == 0, process()[0] == 0 and sys.stdout.isatty()
+        self.total, self.first, self.start, self.last, self.head = total, step, time.monotonic(), 0, False
+
+    def left(self, step):
+        seconds = (time.monotonic() - self.start) / max(1, step - self.first) * (self.total - step)
+        return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+
+    def show(self, step, losses, data):
+        self.step = step
+        if self.live and time.monotonic() - self.last > 1:      # rarely: reading the loss waits for the device
+            self.last = time.monotonic()
+            within = (step - 1) % data.steps
+            speed = (step - self.first) * data.batch_size / (self.last - self.start)
+            print(f"\r\033[Kstep {within + 1}/{data.steps}  loss {losses[within]:.3f}  {speed:,.0f} images/s  "
+                  f"{self.left(step)} left", end="", flush=True)
+
+    def clear(self):
+        if self.live:
+            print("\r\033[K", end="", flush=True)
+
+    def epoch(self, history, epochs, top5):
+        if not self.on:
+            return
+        self.clear()
+        row = history[-1]
+        if not self.head:
+            self.head = True
+            print(f"{'epoch':>7} {'lr':>9} {'train loss':>10} {'test loss':>9} {'top-1':>7}{' top-5' * top5:>{8 * top5}} "
+                  f"{'images/s':>9} {'time left':>9}")
+        print(f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>9.2e} {row['train_loss']:>10.4f} {row['test_loss']:>9.4f} "
+              f"{row['top1']:>6.2f}%" + f"{row['top5']:>7.2f}%" * top5 +
+              f" {row['images_per_second']:>9,.0f} {self.left(self.step):>9}", flush=True)
+
+
+def as_csv(history):
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, history[0] if history else ["epoch"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(history)
+    return text.getvalue().encode()
+
+
+def write(path, put):
+    """Replace `path` by what put(file) writes, at once: a crash or a full disk leaves the old file whole."""
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "wb") as file:
+            put(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
+        draft.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({str(error).splitlines()[0]}); make room, then the same command goes on "
+             "from the last checkpoint")
+
+
+def fail(message):
+    sys.exit(f"train.py: error: {message}")
+
+
+# ---------------------------------------------------------------------------------------------------- Main
+
+
+def network(settings, classes):
+    """The arguments of build_model."""
+    arguments = {key: settings[key] for key in ("stem", "reduction", "cardinality", "residual") if key in settings}
+    if "layers" in settings:
+        arguments["layers"] = tuple(map(int, settings["layers"].split(",")))
+    return dict(name=settings["model"], num_classes=len(classes), **arguments)
+
+
+def open_data(args, settings, device):
+    """The data set that the settings name.  The first process downloads what is missing, the others wait for it."""
+    rank, world = process()
+    if rank:
+        dist.barrier()
+    sizes = {key: settings[key] for key in ("images_per_class", "image_size") if key in settings}
+    data = load_data(settings["dataset"], args.data_dir, device=device, batch_size=settings["batch_size"],
+                     seed=settings["seed"], augment=settings["augment"], erase=settings.get("erase", 0), train_images=settings["train_images"],
+                     workers=args.workers, rank=rank, world=world, **sizes)
+    if world > 1 and not rank:
+        dist.barrier()
+    return data
+
+
+def on_device(net, device):
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def run_training(args, settings, device):
+    rank, world = process()
+    if settings["batch_size"] % world:
+        fail(f"the batch size {settings['batch_size']} does not divide by {world} processes")
+    out = Path(args.out or Path("runs", args.name))
+    saved = None
+    if (out / "last.pt").exists() and not args.restart:
+        saved = read_checkpoint(out / "last.pt")
+        before = saved["settings"]
+        if odd := [f"{key} was {before.get(key)}, is {settings.get(key)}"
+                   for key in {**before, **settings} if before.get(key) != settings.get(key)]:
+            fail(f"{out} holds a run with other settings: {'; '.join(odd)}; pass another --out, or --restart to start anew")
+    if not saved or len(saved["history"]) < settings["epochs"]:
+        data = open_data(args, settings, device)
+        torch.manual_seed(settings["seed"])
+        net = on_device(build_model(**network(settings, data.classes)), device)
+        optimizer = make_optimizer(net, settings)
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            if not saved:
+                (out / "last.pt").unlink(missing_ok=True)
+            about = dict(settings=settings, parameters=sum(p.numel() for p in net.parameters()), processes=world,
+                         device=hardware(device), torch=str(torch.__version__), torchvision=str(torchvision.__version__),
+                         python=platform.python_version())
+            write(out / "config.json", lambda file: file.write(json.dumps(about, indent=1).encode() + b"\n"))
+            write(out / "metrics.csv", lambda file: file.write(as_csv(saved["history"] if saved else [])))
+            print(" ".join(f"{key}={value}" for key, value in settings.items()))
+            print(f"{about['parameters']:,} parameters on {about['device']}, {data.train_size:,} training and "
+                  f"{data.test_size:,} test images, {data.steps} steps an epoch of {settings['batch_size'] // world} images "
+                  f"in each of {world} process(es)" + (f"; going on after step {saved['step']}" if saved else ""), flush=True)
+        history = train(args, settings, data, net, optimizer, saved, out)
+    else:
+        history = saved["history"]
+    if rank == 0:
+        print(f"done: top-1 {history[-1]['top1']:.2f}% on the test images after {len(history)} epochs, "
+              f"{sum(row['seconds'] for row in history):.0f} s of training; {out}")
+
+
+def run_evaluation(args, settings, device):
+    path = Path(args.checkpoint or Path(args.out or Path("runs", args.name), "last.pt"))
+    saved = read_checkpoint(path)
+    data = open_data(args, saved["settings"], device)
+    if data.classes != saved["classes"]:
+        fail(f"{path} was trained on other classes than {args.data_dir} holds")
+    result = evaluate(on_device(load(path), device), data)
+    if process()[0] == 0:
+        for name, accuracy in zip(data.classes, result["per_class"]):
+            print(f"{accuracy:7.2f}%  {name}")
+        print(f"{data.test_size:,} test images of {saved['settings']['dataset']}: loss {result['loss']:.4f}, "
+              f"top-1 {result['top1']:.2f}%" + f", top-5 {result['top5']:.2f}%" * (len(data.classes) > 5))
+
+
+def hardware(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def main(argv=None):
+    args, settings = parse_args(argv)
+    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True                   # the shapes never change: find the fastest kernels once
+        torch.set_float32_matmul_precision("high")              # TF32 for what stays in float32
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        (run_evaluation if args.evaluate else run_training)(args, settings, device)
+    except (ValueError, OSError) as error:
+        fail(error)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
