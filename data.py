@@ -66,8 +66,9 @@ class InMemory:
         self.classes, self.device, self.augment, self.erase = classes, torch.device(device), augment, erase
         self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
         padded = F.pad(train[0].to(device), (PAD,) * 4)
-        size = train[0].shape[-1]
-        self.windows = padded.unfold(2, size, 1).unfold(3, size, 1)     # a view (N, 3, 9, 9, H, W): all crops
+        height, width = train[0].shape[2:]
+        both = torch.stack([padded, padded.flip(3)])                    # as they are and mirrored
+        self.windows = both.unfold(3, height, 1).unfold(4, width, 1)    # a view (2, N, 3, 9, 9, H, W): all crops
         self.train_labels = train[1].to(device)
         self.test_images, self.test_labels = (tensor.to(device) for tensor in test)
         self.train_size, self.test_size = len(self.train_labels), len(self.test_labels)
@@ -94,21 +95,20 @@ class InMemory:
         return self._crop(self._send(index), self._draws(epoch))
 
     def _draws(self, epoch):
-        """For every training image its crop, flip and erasure, int64 (5, N): a function of (seed, epoch)."""
+        """For every training image its flip, crop and erasure, int64 (5, N): a function of (seed, epoch)."""
         if epoch is None:       # the middle of the padded image, and an erasure out of sight
-            draws = np.full((5, self.train_size), [[PAD], [PAD], [0], [-99], [-99]])
+            draws = np.full((5, self.train_size), [[0], [PAD], [PAD], [-99], [-99]])
         else:
-            high = [[2 * PAD + 1], [2 * PAD + 1], [2], [self.windows.shape[4]], [self.windows.shape[5]]]
+            high = [[2], [2 * PAD + 1], [2 * PAD + 1], *([size] for size in self.windows.shape[5:])]
             draws = np.random.default_rng([self.seed, epoch, AUGMENT]).integers(0, high, (5, self.train_size))
         return self._send(draws)
 
     def _crop(self, index, draws):
-        top, left, flip, row, column = draws[:, index, None, None]                          # each (B, 1, 1)
-        images = self.windows[index, :, top[:, 0, 0], left[:, 0, 0]]    # one gather for the whole batch -> (B, 3, H, W)
-        images = torch.where(flip[:, None] == 1, images.flip(3), images)
+        flip, top, left, row, column = draws[:, index]                  # each (B,)
+        images = self.windows[flip, index, :, top, left]                # one gather for the whole batch -> (B, 3, H, W)
         if self.erase:
             down, right = (torch.arange(size, device=self.device) for size in images.shape[2:])
-            hole = self._hole(down[:, None] - row) & self._hole(right - column)             # (B, H, W)
+            hole = self._hole(down - row[:, None])[:, :, None] & self._hole(right - column[:, None])[:, None]   # (B, H, W)
             images = images.masked_fill(hole[:, None], 128)
         return images
 
@@ -135,13 +135,13 @@ def share(step, batch_size, rank, world):
 
 
 class Normalise:
-    """uint8 (B, 3, H, W) -> float32 in channels_last, each colour with mean 0 and deviation 1 over the data set."""
+    """uint8 (B, 3, H, W) -> float32, each colour with mean 0 and deviation 1 over the data set."""
 
     def __init__(self, statistics, device):
         self.mean, self.std = (255 * torch.tensor(values, device=device)[:, None, None] for values in statistics)
 
     def __call__(self, images):
-        return images.to(torch.float32, memory_format=torch.channels_last).sub_(self.mean).div_(self.std)
+        return images.float().sub_(self.mean).div_(self.std)
 
 
 # -------------------------------------------------------------------------------------------------- Shapes
