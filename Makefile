@@ -13,6 +13,9 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
+# Several processes, one a GPU; without GPUs they share the cores.
+TRAIN = $(PYTHON)$(if $(NPROC), -m torch.distributed.run --standalone --nproc-per-node $(NPROC)) train.py
+
 .PHONY: help train evaluate test table look clean
 
 help:  ## this list
@@ -20,8 +23,8 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "PYTHON=python3 uses an interpreter that has the packages; ARGS='...' adds any flag of the script."
 
-train: $(READY)  ## train: DATASET=shapes|cifar10|cifar100|imagenet MODEL=resnet|senet|senetv2 DATA_DIR= RECIPE= LAYERS= STEM= REDUCTION= CARDINALITY= EPOCHS= BATCH_SIZE= LR= TRAIN_IMAGES= SEED= DEVICE= OUT=
-	$(PYTHON) train.py $(FLAGS) $(ARGS)
+train: $(READY)  ## train: DATASET=shapes|cifar10|cifar100|imagenet MODEL=resnet|senet|senetv2 DATA_DIR= RECIPE= LAYERS= STEM= REDUCTION= CARDINALITY= EPOCHS= BATCH_SIZE= LR= TRAIN_IMAGES= SEED= DEVICE= OUT= NPROC=
+	$(TRAIN) $(FLAGS) $(ARGS)
 
 evaluate: $(READY)  ## loss, top-1, top-5, accuracy of each class: CHECKPOINT=runs/NAME/last.pt DATA_DIR=, or train's variables
 	$(PYTHON) train.py --evaluate $(call flag,CHECKPOINT,checkpoint) $(FLAGS) $(ARGS)

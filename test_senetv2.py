@@ -5,11 +5,13 @@
 """
 import copy
 import csv
+import ctypes
 import hashlib
 import json
 import math
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -636,3 +638,172 @@ def test_a_checkpoint_of_other_settings_is_refused_with_every_difference(finishe
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, capsys):
     text = complaint(capsys, *QUICK, "--out", tmp_path, "--lr", "1e30")
     assert "no longer finite at step" in text and not (tmp_path / "last.pt").exists()
+
+
+# ---------------------------------------------------------------------------- Interrupted equals uninterrupted
+
+
+def same_result(out, other):
+    """Weights, optimiser, history and metrics.csv, bit for bit; seconds are the machine's."""
+    (a, b), seconds = (senetv2.read_checkpoint(path / "last.pt") for path in (out, other)), ("seconds", "images_per_second")
+    pairs = list(zip(*(torch.utils._pytree.tree_leaves([run["model"], run["optimizer"]]) for run in (a, b))))
+    assert a["settings"] == b["settings"] and a["step"] == b["step"] and len(pairs) > 100
+    assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in pairs)
+    histories = [[{k: v for k, v in row.items() if k not in seconds} for row in table]
+                 for table in (a["history"], b["history"], rows(out), rows(other))]
+    assert histories[0] == histories[1] and histories[2] == histories[3] and len(histories[0]) == len(histories[2]) == 2
+    return True
+
+
+def at_step(number, action):
+    """A train_batches that calls `action` before it hands out the batch of global step `number` (from 1)."""
+    def train_batches(self, epoch, first_step=0, inner=data.InMemory.train_batches):
+        for step, batch in enumerate(inner(self, epoch, first_step), start=epoch * self.steps + first_step + 1):
+            if step == number:
+                action()
+            yield batch
+    return train_batches
+
+
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 4), (signal.SIGINT, 9), (signal.SIGTERM, 6), (signal.SIGINT, 12)])
+def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not(number, step, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(data.InMemory, "train_batches", at_step(step, lambda: os.kill(os.getpid(), number)))
+        with pytest.raises(SystemExit) as stop:
+            train.main([*QUICK, "--out", str(tmp_path)])
+    assert stop.value.code == 128 + number
+    assert senetv2.read_checkpoint(tmp_path / "last.pt")["step"] == step        # within that step, not an epoch later
+    train.main([*QUICK, "--out", str(tmp_path)])
+    assert same_result(tmp_path, finished)
+
+
+def test_a_signal_during_evaluation_stops_there_and_the_epoch_is_judged_once(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        test_batches = data.InMemory.test_batches
+
+        def interrupted(self):
+            for batch in test_batches(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+        patch.setattr(data.InMemory, "test_batches", interrupted)
+        with pytest.raises(SystemExit):
+            train.main([*QUICK, "--out", str(tmp_path)])
+    saved = senetv2.read_checkpoint(tmp_path / "last.pt")
+    assert saved["step"] == 6 and saved["history"] == []
+    train.main([*QUICK, "--out", str(tmp_path)])
+    assert same_result(tmp_path, finished)
+
+
+DRIVER = """
+import os, signal, sys
+sys.path[:0] = [{here!r}]
+import data, train, test_senetv2
+if os.environ.get("RANK", "0") == {rank!r}:
+    data.InMemory.train_batches = test_senetv2.at_step({step}, lambda: os.kill(os.getpid(), {number}))
+inner = train.train
+def spy(args, settings, data, net, *rest):
+    history = inner(args, settings, data, net, *rest)
+    train.torch.save(net.state_dict(), os.path.join(args.out, "rank" + os.environ.get("RANK", "0")))
+    return history
+train.train = spy
+train.main(sys.argv[1:])
+"""
+
+
+def drive(out, *flags, step=0, number=0, rank="0", processes=1, **options):
+    """Train in a process, or several, of its own; process `rank` gets signal `number` at step `step`."""
+    script = out.parent / f"{out.name}.py"
+    script.write_text(DRIVER.format(here=str(HERE), step=step, number=int(number), rank=rank))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    return subprocess.run([sys.executable, *launcher, script, *QUICK, "--out", out, *flags],
+                          capture_output=True, text=True, **options)
+
+
+def test_a_run_that_was_killed_ends_as_if_it_had_not(finished, tmp_path):
+    often, out = ["--checkpoint-minutes", "0.0001"], tmp_path / "run"
+    assert drive(out, *often, step=8, number=signal.SIGKILL).returncode == -signal.SIGKILL
+    assert senetv2.read_checkpoint(out / "last.pt")["step"] <= 7
+    train.main([*QUICK, "--out", str(out), *often])
+    assert same_result(out, finished)
+
+
+def test_a_full_disk_is_said_and_leaves_the_old_checkpoint_whole(finished, tmp_path):
+    out = tmp_path / "run"
+    assert drive(out, step=5, number=signal.SIGTERM).returncode == 128 + signal.SIGTERM
+    before = (out / "last.pt").read_bytes()
+    limit = 20 * 2**20      # bytes a file may have: less than a checkpoint
+    full = drive(out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert full.returncode == 1 and full.stderr.count("\n") == 1 and "cannot write" in full.stderr and "room" in full.stderr
+    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
+    train.main([*QUICK, "--out", str(out)])
+    assert same_result(out, finished)
+
+
+def without_privileges():
+    """Take from root the right to write where its permissions forbid it (capabilities 1 and 2 of prctl's bounding set)."""
+    for capability in (1, 2):
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root loses its privileges by a call of Linux")
+def test_a_folder_without_write_permission_is_said_in_one_line(tmp_path):
+    tmp_path.chmod(0o500)
+    result = run(*QUICK, "--out", tmp_path / "run", preexec_fn=without_privileges)
+    tmp_path.chmod(0o700)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and "Permission denied" in result.stderr
+    assert "Traceback" not in result.stderr and list(tmp_path.iterdir()) == []
+
+
+def test_restart_begins_anew(finished, tmp_path):
+    train.main([*QUICK, "--out", str(tmp_path), "--lr", "0.01"])
+    train.main([*QUICK, "--out", str(tmp_path), "--restart"])
+    assert same_result(tmp_path, finished)
+
+
+def test_dropout_is_a_function_of_the_step(tmp_path, monkeypatch):
+    flags = ["--model", "mobilenet_v2", "--train-images", "64", "--batch-size", "16", "--epochs", "2", "--out"]
+    train.main([*flags, str(tmp_path / "whole")])
+    monkeypatch.setattr(data.InMemory, "train_batches", at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(SystemExit):
+        train.main([*flags, str(tmp_path / "parts")])
+    monkeypatch.undo()
+    train.main([*flags, str(tmp_path / "parts")])
+    assert same_result(tmp_path / "parts", tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------------------ Several processes
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    """A run of two processes."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    result = drive(out, processes=2)
+    assert result.returncode == 0, result.stderr
+    return out, result.stdout
+
+
+def test_two_processes_end_with_the_same_weights_and_metrics_of_a_single_process(in_two):
+    out, printed = in_two
+    ranks = [torch.load(out / f"rank{rank}", weights_only=True) for rank in (0, 1)]
+    assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    assert printed.count("done: top-1") == 1
+    alone = train.evaluate(senetv2.load(out / "last.pt"), data.load_data("shapes", batch_size=32))
+    last = rows(out)[-1]
+    assert float(last["top1"]) == alone["top1"] and float(last["top5"]) == alone["top5"]
+    assert float(last["test_loss"]) == pytest.approx(alone["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("rank, number", [("1", signal.SIGTERM)])
+def test_a_signal_to_one_process_stops_both_at_the_same_step(rank, number, in_two, tmp_path):
+    out = tmp_path / "run"
+    assert drive(out, step=8, number=number, rank=rank, processes=2).returncode != 0
+    assert senetv2.read_checkpoint(out / "last.pt")["step"] == 8 and not list(out.glob("*.tmp"))
+    assert drive(out, processes=2).returncode == 0
+    assert same_result(out, in_two[0])
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    result = drive(tmp_path / "run", "--batch-size", "33", processes=2)
+    assert result.returncode != 0 and "33 does not divide by 2 processes" in result.stderr
+    assert not (tmp_path / "run").exists()

@@ -322,7 +322,8 @@ class Progress:
 
     def __init__(self, total, step):
         self.on, self.live = process()[0] == 0, process()[0] == 0 and sys.stdout.isatty()
-        self.total, self.first, self.start, self.last, self.head = total, step, time.monotonic(), 0, False
+        self.total, self.first, self.step = total, step, step
+        self.start, self.last, self.head = time.monotonic(), 0, False
 
     def left(self, step):
         seconds = (time.monotonic() - self.start) / max(1, step - self.first) * (self.total - step)
@@ -417,12 +418,15 @@ def run_training(args, settings, device):
         fail(f"the batch size {settings['batch_size']} does not divide by {world} processes")
     out = Path(args.out or Path("runs", args.name))
     saved = None
-    if (out / "last.pt").exists() and not args.restart:
+    if rank == 0 and (out / "last.pt").exists() and not args.restart:
         saved = read_checkpoint(out / "last.pt")
         before = saved["settings"]
         if odd := [f"{key} was {before.get(key)}, is {settings.get(key)}"
                    for key in {**before, **settings} if before.get(key) != settings.get(key)]:
             fail(f"{out} holds a run with other settings: {'; '.join(odd)}; pass another --out, or --restart to start anew")
+    if world > 1:       # one process reads, so the machines need not share a disk
+        dist.broadcast_object_list(box := [saved])
+        saved = box[0]
     if not saved or len(saved["history"]) < settings["epochs"]:
         data = open_data(args, settings, device)
         torch.manual_seed(settings["seed"])
