@@ -16,7 +16,7 @@ endif
 # Several processes, one a GPU; without GPUs they share the cores.
 TRAIN = $(PYTHON)$(if $(NPROC), -m torch.distributed.run --standalone --nproc-per-node $(NPROC)) train.py
 
-.PHONY: help train evaluate test table look clean
+.PHONY: help train evaluate test table bench look clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -31,6 +31,11 @@ evaluate: $(READY)  ## loss, top-1, top-5, accuracy of each class: CHECKPOINT=ru
 
 table: $(READY)  ## parameters and multiply-adds beside the paper's
 	$(PYTHON) senetv2.py $(ARGS)
+
+bench: $(READY)  ## images/s of training and loading, and what the gate costs: STEM= LAYERS= BATCH_SIZE= DATASET= DATA_DIR= ARGS='--compile --image-size 224'
+	$(PYTHON) senetv2.py --benchmark $(call flag,STEM,stem) $(call flag,LAYERS,layers) $(call flag,BATCH_SIZE,batch-size) $(ARGS)
+	$(PYTHON) data.py --benchmark $(call flag,DATASET,dataset) $(call flag,DATA_DIR,data-dir)
+	$(PYTHON) test_senetv2.py
 
 look: $(READY)  ## a contact sheet of the data, before and after augmentation: DATASET= DATA_DIR=
 	$(PYTHON) data.py $(call flag,DATASET,dataset) $(call flag,DATA_DIR,data-dir) $(ARGS)

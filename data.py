@@ -17,6 +17,7 @@ resized and flipped.  Test images are never augmented, the incomplete last train
 
     python data.py                                          a contact sheet: each image before and after
     python data.py --dataset cifar10 --data-dir data
+    python data.py --benchmark                              images a second, and their share of a training step
 """
 import argparse
 import hashlib
@@ -386,15 +387,37 @@ def contact_sheet(data, columns=5, rows=100):
     return make_grid(pictures, nrow=2 * columns, padding=4, pad_value=255)
 
 
+def print_benchmark(data):
+    """Images a second of the loader alone, and its share of the time of a training step of SENetV2-50."""
+    from senetv2 import build_model, interleaved, training_step         # the other chapter, for this comparison only
+
+    def some_batches(count=20):
+        for _ in zip(range(count), data.train_batches(0)):
+            pass
+        return count
+
+    device, size = data.device, data.view([0]).shape[-1]
+    net = build_model("senetv2").to(device, memory_format=torch.channels_last)
+    count = some_batches()
+    loading, training = interleaved([some_batches, training_step(net, data.batch_size, size, device)], 20, device).median(0).values
+    print(f"loader: {count * data.batch_size / loading:,.0f} images/s on {device}, in batches of {data.batch_size}; "
+          f"training SENetV2-50: {data.batch_size / training:,.0f} images/s; the loader takes {loading / count / training:.2%} "
+          "of a training step")
+
+
 def main():
     parser = argparse.ArgumentParser(description="Draw a contact sheet: each image before and after augmentation.",
                                      usage=argparse.SUPPRESS)
     parser.add_argument("--dataset", default="shapes", help=f"{', '.join(DATASETS)} (default shapes)")
     parser.add_argument("--data-dir", default="data", help="where its files are (default data)")
     parser.add_argument("--image-size", type=int, default=224, help="pixels a side, for folders (default 224)")
+    parser.add_argument("--benchmark", action="store_true", help="measure the loader in the place of drawing the sheet")
     parser.add_argument("--out", help="the PNG to write (default runs/DATASET.png)")
     args = parser.parse_args()
     try:
+        if args.benchmark:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            return print_benchmark(load_data(args.dataset, args.data_dir, device=device, image_size=args.image_size))
         data = load_data(args.dataset, args.data_dir, batch_size=1, image_size=args.image_size)
         out = Path(args.out or f"runs/{args.dataset}.png")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,11 @@ text; residual=True gives the code.  Dense layers have biases, as in both, and C
 
     python senetv2.py                     the table: parameters and multiply-adds beside the paper's
     python senetv2.py --image-size 224    the same at another image size
+    python senetv2.py --benchmark         what the gates cost in time
 """
 import argparse
+import resource
+import time
 from pathlib import Path
 
 import torch
@@ -203,12 +206,95 @@ def print_table(image_size, stem):
                   f"{claim or '-':>14}{work:>16,}{work / plain[1] - 1:>+8.1%}")
 
 
+# --------------------------------------------------------------------------------------------- Benchmark
+
+
+def training_step(net, batch_size, image_size, device):
+    """A function that makes one whole training step (forward, loss, backward, Adam) on a batch that is already there."""
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch_size,), device=device)
+
+    def step():
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = F.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return step
+
+
+def interleaved(functions, seconds, device, repeats=1):
+    """Seconds a call, (rounds, functions): each round times all, one after the other, so that drift hits all alike."""
+    for function in functions:
+        function(), function(), function()      # warm-up: allocation, compilation, choice of kernels
+    rounds, start = [], time.perf_counter()
+    while len(rounds) < 5 or time.perf_counter() - start < seconds:
+        rounds.append([])
+        for function in functions:
+            marks = []
+            for mark in range(2):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+                for _ in range(0 if mark else repeats):
+                    function()
+            rounds[-1].append((marks[1] - marks[0]) / repeats)
+    return torch.tensor(rounds, dtype=torch.float64)
+
+
+def print_benchmark(layers, stem, image_size, batch_size, compiled, seconds):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    steps, flops, memory = [], [], []
+    for name in OURS:
+        net = build_model(name, 10, layers, stem).to(device, memory_format=torch.channels_last)
+        step = training_step(net, batch_size, image_size, device)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops.append(counter.get_total_flops())
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            memory.append(f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+        steps.append(training_step(torch.compile(net), batch_size, image_size, device) if compiled else step)
+    times = interleaved(steps, seconds, device, repeats=10 if device.type == "cuda" else 1)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"training steps of {batch_size} images, {image_size}x{image_size}, {stem} stem, layers {','.join(map(str, layers))}"
+          f"{', compiled' * compiled}; {where}, torch {torch.__version__}; median [quartiles] of {len(times)} rounds")
+    print(f"{'network':<10}{'images/s':>22}{'TFLOP/s':>10}{'of resnet':>22}{'peak memory':>14}")
+    for column, name in enumerate(OURS):
+        speed = batch_size / times[:, column]
+        ratio = times[:, 0] / times[:, column]
+        print(f"{name:<10}{spread(speed, ',.0f'):>22}{flops[column] / times[:, column].median() / 1e12:>10.2f}"
+              f"{spread(ratio, '.3f'):>22}{memory[column] if memory else '-':>14}")
+    if not memory:
+        print(f"peak memory of the process, all three networks in it: "
+              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB")
+
+
+def spread(values, style):
+    low, middle, high = (format(values.quantile(q).item(), style) for q in (0.25, 0.5, 0.75))
+    return f"{middle} [{low}, {high}]"
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Print parameters and multiply-adds beside the paper's figures.")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels a side (default 32)")
-    parser.add_argument("--stem", choices=STEMS, default="imagenet", help="default imagenet, as in the paper's counts")
+    parser = argparse.ArgumentParser(description="Print parameters and multiply-adds, or with --benchmark the speed.",
+                                     usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=32, help="pixels a side")
+    parser.add_argument("--stem", choices=STEMS, default="imagenet", help="as in build_model")
+    parser.add_argument("--benchmark", action="store_true", help="time whole training steps, network by network in turn")
+    parser.add_argument("--layers", default="3,4,6,3", help="of the benchmark: bottlenecks a stage")
+    parser.add_argument("--batch-size", type=int, default=128, help="of the benchmark: images a step")
+    parser.add_argument("--compile", action="store_true", help="of the benchmark: with torch.compile")
+    parser.add_argument("--seconds", type=float, default=60, help="of the benchmark: about how long to measure")
     args = parser.parse_args()
-    print_table(args.image_size, args.stem)
+    if args.benchmark:
+        layers = tuple(map(int, args.layers.split(",")))
+        print_benchmark(layers, args.stem, args.image_size, args.batch_size, args.compile, args.seconds)
+    else:
+        print_table(args.image_size, args.stem)
 
 
 if __name__ == "__main__":

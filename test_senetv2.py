@@ -807,3 +807,29 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     result = drive(tmp_path / "run", "--batch-size", "33", processes=2)
     assert result.returncode != 0 and "33 does not divide by 2 processes" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------- Benchmark
+
+
+def main():
+    """Print what the gate costs as K grows at the same total width: ours, and the literal branches above."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x = torch.randn(32, 1024, 14, 14, device=device).to(memory_format=torch.channels_last).requires_grad_()
+
+    def both_ways(gate):
+        return lambda: gate(x).backward(x)
+
+    print(f"forward and backward of a gate with 128 hidden units on {tuple(x.shape)}, {device}, {torch.get_num_threads()} "
+          "threads; milliseconds, median [quartiles]\n\n| K | r | ours | K layers and a concatenation |\n|---|---|---|---|")
+    sizes = [(cardinality, 8 * cardinality) for cardinality in (1, 4, 16, 64)]
+    gates = [kind(1024, r, k).to(device) for k, r in sizes
+             for kind in (lambda c, r, k: AggregatedSqueezeExcitation(c, r, k), LiteralBranches)]
+    times = 1000 * senetv2.interleaved([both_ways(gate) for gate in gates], 15, device)
+    for row, (cardinality, reduction) in enumerate(sizes):
+        ours, literal = (senetv2.spread(times[:, 2 * row + column], ".2f") for column in (0, 1))
+        print(f"| {cardinality} | {reduction} | {ours} | {literal} |")
+
+
+if __name__ == "__main__":
+    main()

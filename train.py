@@ -185,10 +185,11 @@ def train(args, settings, data, net, optimizer, saved, out):
                               optimizer=optimizer.state_dict(), torch=str(torch.__version__))
             write(out / "last.pt", lambda file: torch.save(checkpoint, file))
             write(out / "metrics.csv", lambda file: file.write(as_csv(history)))
+        watch.last = time.monotonic()
 
-    def save_or_stop():
+    def save_or_stop(evaluating=False):
         number, due = watch.agree()
-        if number or due:
+        if number or due and not evaluating:        # evaluation changes nothing that would be worth saving
             save()
         if number:
             if world > 1:       # the first process to leave would get the others killed in the middle of the save
@@ -214,7 +215,7 @@ def train(args, settings, data, net, optimizer, saved, out):
             save_or_stop()
         gather()
         seconds = time.perf_counter() - began
-        result = evaluate(net, data, after_batch=save_or_stop)
+        result = evaluate(net, data, after_batch=lambda: save_or_stop(evaluating=True))
         history.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], train_loss=losses.mean().item(),
                             test_loss=result["loss"], top1=result["top1"], top5=result["top5"],
                             images_per_second=data.steps * data.batch_size / seconds, seconds=seconds))
@@ -309,8 +310,6 @@ class Watch:
         flags = torch.tensor([self.number, due])
         if process()[1] > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)       # on the CPU, by gloo: the GPU does not wait
-        if flags[1]:
-            self.last = time.monotonic()
         return flags.tolist()
 
 
