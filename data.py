@@ -2,10 +2,13 @@
 
     shapes              ten classes of figures, 32x32, drawn here from a fixed seed; nothing to download
     cifar10, cifar100   50,000 + 10,000 images of 32x32, by torchvision (download, md5)
-    imagenet            any folder train/CLASS/*.JPEG, val/CLASS/*.JPEG; 250 training images a class, as in the paper
+    imagenet            a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG; 250 training images a class, as
+                        in the paper, chosen by a hash of their names
+    folder              the same layout with images of your own; all of them
 
 The first three are small: they are held whole, as uint8, on the device that trains, and whole batches are
-shuffled, cropped, flipped and normalised there.  Folders of JPEGs are decoded by worker processes.
+shuffled, cropped, flipped and normalised there.  Folders of JPEGs are decoded by worker processes, turned as
+their EXIF orientation says, and made RGB (grayscale and CMYK, too); content, not name, decides the format.
 
 One promise carries exact resume and equality between one process and many: a global batch is a pure function
 of (seed, epoch, step).  So all randomness is drawn on the CPU, by numpy, from [seed, epoch]: the order of the
@@ -37,7 +40,8 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-DATASETS = ("shapes", "cifar10", "cifar100", "imagenet")
+IN_MEMORY, FOLDERS = ("shapes", "cifar10", "cifar100"), ("imagenet", "folder")
+DATASETS = IN_MEMORY + FOLDERS
 PAD = 4     # pixels of zeros around a 32-pixel image before it is cropped back
 
 # Mean and standard deviation of each colour over all pixels of all training images, on a scale of 0 to 1.
@@ -117,7 +121,7 @@ class InMemory:
         return (offset >= -(self.erase // 2)) & (offset < (self.erase + 1) // 2)
 
     def _send(self, array):
-        tensor = torch.from_numpy(array)
+        tensor = torch.from_numpy(np.asarray(array))
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
@@ -233,6 +237,20 @@ def read_cifar(dataset, root):
 # ------------------------------------------------------------------------------------------------- Folders
 
 
+def read_image(path):
+    """uint8 (3, H, W), in the orientation that EXIF asks for; ValueError for what does not decode."""
+    try:
+        return torchvision.io.decode_image(str(path), mode="RGB", apply_exif_orientation=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no image that can be decoded ({str(error).splitlines()[0]}); "
+                         "replace or remove it") from None
+
+
+def centre(size):
+    """Resize the shorter side to 8/7 of `size`, as usual (256 for 224), and cut out the middle."""
+    return v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)])
+
+
 class ImageFiles(Dataset):
     """One split of a folder of images: (epoch, index) -> uint8 (3, S, S) and label.
 
@@ -253,7 +271,7 @@ class ImageFiles(Dataset):
         self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
         self.labels = np.array([label for _, label in found.samples])
         self.augmented = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-        self.plain = v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)])
+        self.plain = centre(size)
 
     def keep(self, index):
         self.paths, self.labels = self.paths[index], self.labels[index]
@@ -263,12 +281,7 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        path = os.fsdecode(self.paths[index])
-        try:
-            image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is no image that can be decoded ({str(error).splitlines()[0]}); "
-                             "replace or remove it") from None
+        image = read_image(os.fsdecode(self.paths[index]))
         if epoch is None:
             return self.plain(image), self.labels[index]
         with torch.random.fork_rng(devices=[]):
@@ -292,7 +305,7 @@ class Folder:
         self.train.keep(subset(len(self.train), train_images, seed))
         self.train_size, self.test_size = len(self.train), len(self.test)
         self.steps = self.train_size // batch_size
-        self.normalise = Normalise(STATISTICS["imagenet"], device)
+        self.normalise = Normalise(STATISTICS["imagenet"], device)      # of any photographs, near enough
 
     def train_batches(self, epoch, first_step=0):
         order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.train_size)
@@ -311,10 +324,28 @@ class Folder:
     def _load(self, files, batches):
         loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda")
         try:
-            for images, labels in loader:       # uint8 travels: a quarter of float32
-                yield self.normalise(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+            for images, labels in self._ahead(loader):
+                yield self.normalise(images), labels
         except ValueError as error:             # a worker's exception carries its traceback; the last line says it
             raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+
+    def _ahead(self, batches):
+        """On a GPU, copy each batch while the one before it is used.  uint8 travels: a quarter of float32."""
+        if self.device.type != "cuda":
+            yield from batches
+            return
+        copies, ready = torch.cuda.Stream(), None
+        for batch in batches:
+            with torch.cuda.stream(copies):
+                coming = [tensor.to(self.device, non_blocking=True) for tensor in batch]
+            if ready:
+                yield ready
+            torch.cuda.current_stream().wait_stream(copies)
+            for tensor in coming:
+                tensor.record_stream(torch.cuda.current_stream())
+            ready = coming
+        if ready:
+            yield ready
 
     @property
     def train_labels(self):
@@ -353,7 +384,7 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
     Raises ValueError or FileNotFoundError, in one line that says what to do.
     """
     common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank, world=world)
-    if dataset == "imagenet":
+    if dataset in FOLDERS:
         data = Folder(root, image_size, images_per_class, train_images, workers, **common)
     elif dataset in DATASETS:
         if dataset == "shapes":

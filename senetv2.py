@@ -22,6 +22,7 @@ text; residual=True gives the code.  Dense layers have biases, as in both, and C
     python senetv2.py --benchmark         what the gates cost in time
 """
 import argparse
+import difflib
 import resource
 import time
 from pathlib import Path
@@ -93,6 +94,7 @@ GATES = {
     "senetv2": AggregatedSqueezeExcitation,
 }
 OURS = ("resnet", *GATES)
+PEERS = ("mobilenet_v2", "efficientnet_b0", "resnext50_32x4d", "convnext_tiny", "vit")
 STEMS = ("imagenet", "cifar")
 
 
@@ -116,7 +118,9 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     """A network that maps images (B, 3, H, W) to logits (B, num_classes).
 
     name        resnet, senet or senetv2; else a classification network of torchvision, which takes
-                num_classes and options alone.
+                num_classes and options alone; or "vit", which takes image_size, too (default 32): torchvision's
+                VisionTransformer in the size of ViT-S (21 M parameters, about ResNet-50's), with patches of
+                4x4 pixels up to 64x64 and of 16x16 above.
     layers      bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small net.
     stem        "imagenet": 7x7 stride 2 and max-pooling, so 32x32 images reach layer1 as 8x8 maps;
                 "cifar": 3x3 stride 1 without pooling, so they stay 32x32.
@@ -128,9 +132,16 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     The trunk draws its weights first and the gates after it: from one seed, resnet, senet and senetv2
     start with the same convolutions.  Parameter names of the trunk are torchvision's.
     """
+    if name == "vit":
+        size = options.pop("image_size", 32)
+        return torchvision.models.VisionTransformer(size, 4 if size <= 64 else 16, num_layers=12, num_heads=6, hidden_dim=384,
+                                                    mlp_dim=1536, num_classes=num_classes, **options)
     if name not in OURS:
-        if name not in torchvision.models.list_models(module=torchvision.models):
-            raise ValueError(f"unknown model {name!r}; give {', '.join(OURS)} or a classification network of torchvision")
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            near = difflib.get_close_matches(name, [*OURS, *PEERS, *known], 1)
+            raise ValueError(f"unknown model {name!r}; give {', '.join(OURS)}, or to compare {', '.join(PEERS)} or another "
+                             "classification network of torchvision" + f"; did you mean {near[0]}?" * bool(near))
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; give one of {', '.join(STEMS)}")

@@ -11,7 +11,9 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps      # torchvision brings it
 from torch import nn
 from torchvision.io import write_jpeg, write_png
 from torchvision.transforms import v2
@@ -139,7 +142,8 @@ def test_the_block_compiles_whole_exports_and_copies():
     (lambda: build_model("senet", layers=(1, 1, 1)), ("1,1,1", "four positive")),
     (lambda: build_model("senet", layers=(1, 1, 0, 1)), ("1,1,0,1", "four positive")),
     (lambda: build_model("resnet", stem="tiny"), ("'tiny'", "imagenet, cifar")),
-    (lambda: build_model("senet3"), ("'senet3'", "senetv2")),
+    (lambda: build_model("senet3"), ("'senet3'", "resnet, senet, senetv2", "convnext_tiny, vit")),
+    (lambda: build_model("eficientnet_b1"), ("did you mean efficientnet_b1?",)),
 ])
 def test_impossible_networks_are_refused_in_words_that_name_the_way_out(make, said):
     with pytest.raises(ValueError) as error:
@@ -269,6 +273,15 @@ def test_a_single_batch_is_learnt_by_heart(name):
         optimizer.step()
     with torch.no_grad():
         assert (net(x).argmax(1) == labels).all()
+
+
+@pytest.mark.parametrize("name", [*senetv2.PEERS, "shufflenet_v2_x0_5"])
+def test_peers_are_torchvisions_and_fit_both_image_sizes(name):
+    for size in (32, 224):
+        with torch.device("meta"):
+            net = build_model(name, 7, image_size=size) if name == "vit" else build_model(name, 7)
+            assert net(torch.empty(2, 3, size, size)).shape == (2, 7)
+    assert type(net).__module__.startswith("torchvision.models")
 
 
 # ------------------------------------------------------------------------------------------ Sets in memory
@@ -496,6 +509,44 @@ def test_a_cut_folder_keeps_the_lowest_hashes_of_every_class(folder):
     assert kept == oracle
 
 
+def test_the_oddities_of_the_real_imagenet_are_read_as_pillow_reads_them(tmp_path):
+    ramp = np.linspace(0, 255, 40 * 30 * 4).astype(np.uint8).reshape(40, 30, 4)     # smooth: JPEG keeps it, nearly
+    colour, exif = Image.fromarray(ramp[..., :3], "RGB"), Image.Exif()
+    exif[0x0112] = 6                                                                # orientation: turn right by 90 degrees
+    colour.save(tmp_path / "turned.JPEG", exif=exif, quality=95)
+    colour.convert("L").save(tmp_path / "gray.JPEG", quality=95)
+    Image.fromarray(ramp, "CMYK").save(tmp_path / "cmyk.JPEG", quality=95)
+    colour.save(tmp_path / "png.JPEG", format="PNG")
+    for path in sorted(tmp_path.iterdir()):
+        ours = data.read_image(path)
+        oracle = torch.from_numpy(np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))).permute(2, 0, 1)
+        assert ours.shape == oracle.shape == (3, *((30, 40) if path.name == "turned.JPEG" else (40, 30)))
+        assert (ours.float() - oracle.float()).abs().mean() < 3, path.name
+        for crop in (data.centre(64), v2.RandomResizedCrop(64)):                    # larger than the image
+            assert crop(ours).shape == (3, 64, 64)
+
+
+def test_a_folder_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not(folder, tmp_path, monkeypatch):
+    flags = ["--dataset", "folder", "--data-dir", str(folder), "--layers", "1,1,1,1", "--image-size", "32", "--batch-size", "8",
+             "--epochs", "2", "--workers"]
+    train.main([*flags, "0", "--out", str(tmp_path / "whole")])
+    monkeypatch.setattr(data.Folder, "train_batches", at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM), data.Folder))
+    with pytest.raises(SystemExit):
+        train.main([*flags, "2", "--out", str(tmp_path / "parts")])
+    monkeypatch.undo()
+    assert senetv2.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
+    train.main([*flags, "1", "--out", str(tmp_path / "parts")])
+    assert same_result(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_an_image_that_does_not_decode_stops_the_run_with_its_path(folder, tmp_path, capsys):
+    for path in (folder / "train" / "cat").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    text = complaint(capsys, "--dataset", "folder", "--data-dir", folder, "--layers", "1,1,1,1", "--image-size", "32",
+                     "--batch-size", "8", "--workers", "2", "--out", tmp_path / "run")
+    assert str(folder / "train" / "cat") in text and "decoded" in text
+
+
 @pytest.mark.parametrize("spoil, said", [
     (lambda root: (root / "train").rename(root / "other"), "no train/ folder"),
     (lambda root: (root / "val" / "owl").rename(root / "val" / "elk"), "different classes.*elk, owl"),
@@ -612,6 +663,41 @@ def finished(tmp_path_factory):
     return out
 
 
+def test_prediction_names_the_most_likely_classes(finished, tmp_path, capsys):
+    images, _ = data.draw_shapes(2, seed=9)
+    for i, image in enumerate(images):
+        write_png(image, str(tmp_path / f"{i}.png"))
+    train.main(["--predict", *(str(tmp_path / f"{i}.png") for i in (0, 1)), "--checkpoint", str(finished / "last.pt")])
+    lines = capsys.readouterr().out.splitlines()
+    net = senetv2.load(finished / "last.pt")
+    with torch.no_grad():
+        chances = net(v2.Normalize(*data.STATISTICS["shapes"])(images.float() / 255)).softmax(1)
+    for i, row in enumerate(chances):
+        best = row.argsort(descending=True)[:5].tolist()
+        assert lines[6 * i:6 * i + 6] == [str(tmp_path / f"{i}.png"), *(f"{row[k].item():8.2%}  {net.classes[k]}" for k in best)]
+
+
+def test_weights_of_another_run_are_taken_where_name_and_shape_agree(finished, tmp_path, capsys):
+    given = senetv2.read_checkpoint(finished / "last.pt")["model"]
+    net = build_model("senetv2", 7, SMALL)
+    before = net.fc.weight.clone()
+    line = train.start_from(net, finished / "last.pt", "senetv2")
+    assert f"{len(given) - 2} tensors taken" in line and "new: 2 (fc.weight, fc.bias)" in line and "left: 2 (" in line
+    assert torch.equal(net.fc.weight, before)
+    assert all(torch.equal(value, given[key]) for key, value in net.state_dict().items() if "fc" not in key)
+    train.main([*QUICK, "--model", "resnet", "--weights", str(finished / "last.pt"), "--out", str(tmp_path)])
+    assert "left: 16 (layer1.0.gate.reduce.weight" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no tensor of .* like network"):
+        train.start_from(build_model("vit"), finished / "last.pt", "vit")
+
+
+def test_weights_that_cannot_be_downloaded_are_said(monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise data.URLError("no network")
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
+    assert "resnet50 are not on this disk" in complaint(capsys, *QUICK, "--weights", "imagenet")
+
+
 class Hostile:
     def __reduce__(self):
         return os.mkdir, ("hostile",)
@@ -655,9 +741,9 @@ def same_result(out, other):
     return True
 
 
-def at_step(number, action):
+def at_step(number, action, kind=data.InMemory):
     """A train_batches that calls `action` before it hands out the batch of global step `number` (from 1)."""
-    def train_batches(self, epoch, first_step=0, inner=data.InMemory.train_batches):
+    def train_batches(self, epoch, first_step=0, inner=kind.train_batches):
         for step, batch in enumerate(inner(self, epoch, first_step), start=epoch * self.steps + first_step + 1):
             if step == number:
                 action()
@@ -807,6 +893,20 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     result = drive(tmp_path / "run", "--batch-size", "33", processes=2)
     assert result.returncode != 0 and "33 does not divide by 2 processes" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------- README
+
+
+def fenced(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", fenced("python"))
+def test_the_readmes_python_runs(code, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs" / "shapes-senetv2-paper-seed0")        # what `make train` leaves
+    exec(compile(code, "README.md", "exec"), {})
 
 
 # --------------------------------------------------------------------------------------------- Benchmark

@@ -3,6 +3,7 @@
     python train.py                                             shapes, minutes on a laptop, no download
     python train.py --dataset cifar10 --model senetv2           the paper's network and recipe
     python train.py --evaluate --checkpoint runs/NAME/last.pt   loss, top-1, top-5, accuracy of each class
+    python train.py --predict cat.jpg --checkpoint FILE         the five most likely classes
     torchrun --nproc-per-node 8 train.py --dataset cifar10      the same run on eight GPUs
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
@@ -34,9 +35,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from torchvision.transforms import v2
 
-from data import DATASETS, load_data, mix
-from senetv2 import GATES, OURS, STEMS, build_model, load, read_checkpoint
+from data import DATASETS, FOLDERS, IN_MEMORY, STATISTICS, Normalise, centre, load_data, mix, read_image
+from senetv2 import GATES, OURS, PEERS, STEMS, build_model, load, read_checkpoint
 
 # ------------------------------------------------------------------------------------------------ Settings
 
@@ -48,14 +50,14 @@ RECIPES = {
                    epochs=100, batch_size=128),
 }
 # The embedded set is for a laptop: the paper's small net in the place of ResNet-50, and a short run.
-DATASET_DEFAULTS = {"shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64)}
+DATASET_DEFAULTS = {"shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64), "folder": dict(images_per_class=0)}
 
 # What defines a result; hardware, workers and compilation do not.  Some of it says nothing for some models and sets.
-RESULT = ("dataset", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "optimizer", "lr",
+RESULT = ("dataset", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "weights", "optimizer", "lr",
           "warmup", "weight_decay", "label_smoothing", "epochs", "batch_size", "train_images", "images_per_class",
           "image_size", "augment", "erase", "seed")
 ONLY_FOR = {"layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES, "cardinality": ("senetv2",),
-            "images_per_class": ("imagenet",), "image_size": ("imagenet",), "erase": ("shapes", "cifar10", "cifar100")}
+            "images_per_class": FOLDERS, "image_size": FOLDERS, "erase": IN_MEMORY}
 
 
 def positive(kind):
@@ -96,19 +98,20 @@ def make_parser():
     add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
     add("--data-dir", default="data", help="where its files are, or go")
     add("--train-images", type=natural, default=0, help="train on the first N of a seeded shuffle; 0: all")
-    add("--images-per-class", type=natural, default=250, help="imagenet: training images a class; 0: all")
-    add("--image-size", type=positive(int), default=224, help="imagenet: pixels a side")
+    add("--images-per-class", type=natural, default=250, help="imagenet, folder: training images a class; 0: all")
+    add("--image-size", type=positive(int), default=224, help="imagenet, folder: pixels a side")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="random crop and flip")
-    add("--erase", type=natural, help="side in pixels of the square erased from each training image; not for imagenet")
-    add("--workers", type=natural, default=min(8, os.cpu_count()), help="imagenet: processes that decode")
+    add("--erase", type=natural, help="side in pixels of the square erased from each training image; not in folders")
+    add("--workers", type=natural, default=min(8, os.cpu_count()), help="imagenet, folder: processes that decode")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="senetv2", help=f"{', '.join(OURS)}, or a classification network of torchvision")
+    add("--model", default="senetv2", help=f"{', '.join(OURS)}; {', '.join(PEERS)}; or any classification network of torchvision")
     add("--layers", type=four_numbers, default="3,4,6,3", help="bottlenecks a stage; shapes has 1,1,1,1")
     add("--stem", choices=STEMS, help="imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1")
     add("--reduction", type=positive(int), default=32, help="r: channels over hidden units of a dense layer in the gate")
     add("--cardinality", type=positive(int), default=4, help="K: parallel dense layers (senetv2)")
     add("--residual", action=argparse.BooleanOptionalAction, default=False,
         help="gate x by 1 + s, as the released code does, not by s")
+    add("--weights", help="start from: imagenet (torchvision's weights of the trunk) or a checkpoint")
     add = parser.add_argument_group("optimisation; defaults from the recipe").add_argument
     add("--recipe", choices=RECIPES, default="paper", help="where the other defaults come from")
     add("--optimizer", choices=("adam", "sgd"), help="sgd: with Nesterov momentum 0.9")
@@ -126,7 +129,8 @@ def make_parser():
     add("--restart", action="store_true", help="start the run anew, even if it can go on")
     add("--checkpoint-minutes", type=positive(float), default=5.0, help="minutes between checkpoints")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint, on --data-dir")
-    add("--checkpoint", help="the file to evaluate; by default the run's last.pt")
+    add("--predict", nargs="+", metavar="IMAGE", help="print the five most likely classes of each image file")
+    add("--checkpoint", help="the file to evaluate or predict with; by default the run's last.pt")
     parser.set_defaults(**RECIPES["paper"])
     return parser
 
@@ -140,9 +144,9 @@ def parse_args(argv=None):
     args, default = parser.parse_args(argv), parser.parse_args([])
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no cuda device here; pass --device cpu, or leave it out")
-    settings = {key: getattr(args, key) for key in RESULT
-                if key not in ONLY_FOR or args.model in ONLY_FOR[key] or args.dataset in ONLY_FOR[key]}
-    changed = [f"{key}{value}" for key, value in settings.items()
+    settings = {key: getattr(args, key) for key in RESULT if getattr(args, key) is not None
+                and (key not in ONLY_FOR or args.model in ONLY_FOR[key] or args.dataset in ONLY_FOR[key])}
+    changed = [f"{key}{value}".replace("/", "_") for key, value in settings.items()
                if value != getattr(default, key) and key not in ("dataset", "model", "recipe", "seed")]
     args.name = "-".join([args.dataset, args.model, args.recipe, *changed, f"seed{args.seed}"])
     return args, settings
@@ -390,7 +394,33 @@ def network(settings, classes):
     arguments = {key: settings[key] for key in ("stem", "reduction", "cardinality", "residual") if key in settings}
     if "layers" in settings:
         arguments["layers"] = tuple(map(int, settings["layers"].split(",")))
+    if settings["model"] == "vit":
+        arguments["image_size"] = settings.get("image_size", 32)
     return dict(name=settings["model"], num_classes=len(classes), **arguments)
+
+
+def start_from(net, source, model):
+    """Copy into `net` every tensor of `source` that has its name and shape; returns a line that says which."""
+    if source == "imagenet":
+        name = "resnet50" if model in OURS else model
+        try:
+            weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"torchvision's weights of {name} are not on this disk and cannot be had ({error}); "
+                             "leave --weights out, or give a checkpoint") from None
+    else:
+        weights = read_checkpoint(source)["model"]
+    own = net.state_dict()
+    taken = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
+    if not taken:
+        raise ValueError(f"no tensor of {source} has a name and shape of {model}'s; give weights of a like network")
+    net.load_state_dict(taken, strict=False)
+    new, left = ([key for key in keys if key not in taken] for keys in (own, weights))
+    return f"weights: {len(taken)} tensors taken from {source}; new: {listed(new)}; left: {listed(left)}"
+
+
+def listed(names):
+    return f"{len(names)}" + f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" * bool(names)
 
 
 def open_data(args, settings, device):
@@ -429,7 +459,9 @@ def run_training(args, settings, device):
     if not saved or len(saved["history"]) < settings["epochs"]:
         data = open_data(args, settings, device)
         torch.manual_seed(settings["seed"])
-        net = on_device(build_model(**network(settings, data.classes)), device)
+        net = build_model(**network(settings, data.classes))
+        origin = start_from(net, args.weights, args.model) if args.weights and not saved else ""
+        net = on_device(net, device)
         optimizer = make_optimizer(net, settings)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
@@ -441,6 +473,8 @@ def run_training(args, settings, device):
             write(out / "config.json", lambda file: file.write(json.dumps(about, indent=1).encode() + b"\n"))
             write(out / "metrics.csv", lambda file: file.write(as_csv(saved["history"] if saved else [])))
             print(" ".join(f"{key}={value}" for key, value in settings.items()))
+            if origin:
+                print(origin)
             print(f"{about['parameters']:,} parameters on {about['device']}, {data.train_size:,} training and "
                   f"{data.test_size:,} test images, {data.steps} steps an epoch of {settings['batch_size'] // world} images "
                   f"in each of {world} process(es)" + (f"; going on after step {saved['step']}" if saved else ""), flush=True)
@@ -453,7 +487,7 @@ def run_training(args, settings, device):
 
 
 def run_evaluation(args, settings, device):
-    path = Path(args.checkpoint or Path(args.out or Path("runs", args.name), "last.pt"))
+    path = checkpoint_path(args)
     saved = read_checkpoint(path)
     data = open_data(args, saved["settings"], device)
     if data.classes != saved["classes"]:
@@ -464,6 +498,25 @@ def run_evaluation(args, settings, device):
             print(f"{accuracy:7.2f}%  {name}")
         print(f"{data.test_size:,} test images of {saved['settings']['dataset']}: loss {result['loss']:.4f}, "
               f"top-1 {result['top1']:.2f}%" + f", top-5 {result['top5']:.2f}%" * (len(data.classes) > 5))
+
+
+def run_prediction(args, settings, device):
+    path = checkpoint_path(args)
+    settings = read_checkpoint(path)["settings"]
+    net = on_device(load(path), device)
+    prepare = centre(settings["image_size"]) if "image_size" in settings else v2.Compose([v2.Resize(32), v2.CenterCrop(32)])
+    normalise = Normalise(STATISTICS.get(settings["dataset"], STATISTICS["imagenet"]), device)
+    for image in args.predict:
+        with torch.no_grad(), autocast(device):
+            logits = net(normalise(prepare(read_image(image)).to(device)[None]))[0]
+        best = logits.double().softmax(0).topk(min(5, len(net.classes)))
+        print(image)
+        for probability, index in zip(best.values.tolist(), best.indices.tolist()):
+            print(f"{probability:8.2%}  {net.classes[index]}")
+
+
+def checkpoint_path(args):
+    return Path(args.checkpoint or Path(args.out or Path("runs", args.name), "last.pt"))
 
 
 def hardware(device):
@@ -482,7 +535,7 @@ def main(argv=None):
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        (run_evaluation if args.evaluate else run_training)(args, settings, device)
+        (run_prediction if args.predict else run_evaluation if args.evaluate else run_training)(args, settings, device)
     except (ValueError, OSError) as error:
         fail(error)
     finally:
