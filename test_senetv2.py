@@ -27,6 +27,7 @@ import torchvision
 from PIL import Image, ImageOps      # torchvision brings it
 from torch import nn
 from torchvision.io import write_jpeg, write_png
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 import data
@@ -893,6 +894,93 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     result = drive(tmp_path / "run", "--batch-size", "33", processes=2)
     assert result.returncode != 0 and "33 does not divide by 2 processes" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ Evidence
+
+
+def invent_run(folder, seed, top1, epochs=2, done=2, **settings):
+    """A folder as a run leaves it, without weights."""
+    settings = dict(dataset="cifar10", model="resnet", recipe="paper", layers="1,1,1,1", stem="imagenet", lr=0.001,
+                    epochs=epochs, batch_size=128) | settings | dict(seed=seed)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(settings=settings, parameters=8036426, device="D", torch="T")))
+    lines = [f"{epoch + 1},{top1 if epoch + 1 == done else 99},100" for epoch in range(done)]
+    (folder / "metrics.csv").write_text("\n".join(["epoch,top1,images_per_second", *lines]) + "\n")
+
+
+def test_the_report_averages_last_epochs_and_pairs_differences_by_seed(tmp_path, capsys):
+    plain, gated = [70.0, 71.0, 75.0], [71.5, 71.0, 78.0]
+    for seed in range(3):
+        invent_run(tmp_path / "a" / f"plain{seed}", seed, plain[seed])
+        invent_run(tmp_path / "b" / f"gated{seed}", seed, gated[seed], model="senetv2", reduction=32, cardinality=4, residual=False)
+    invent_run(tmp_path / "b" / "long", 0, 90.0, epochs=3, done=3)
+    invent_run(tmp_path / "b" / "running", 3, 80.0, done=1)
+    train.main(["--report", str(tmp_path / "a"), str(tmp_path / "b")])
+    text = capsys.readouterr().out
+    gaps = np.subtract(gated, plain)
+    assert f"| {np.mean(plain):.2f} ± {np.std(plain, ddof=1):.2f} | - | - | 77.38 |" in text
+    assert (f"| senetv2 r=32 K=4 (= senet r=8) | 8,036,426 | 3 | {np.mean(gated):.2f} ± {np.std(gated, ddof=1):.2f} "
+            f"| +{gaps.mean():.2f} ± {gaps.std(ddof=1) / 3**0.5:.2f} | - | 78.6") in text
+    assert "### cifar10, all training images, 3 epochs" in text and "| 1 | 90.00 | - |" in text     # a table of its own
+    assert "running: 1 of 2 epochs" in text and "80.00" not in text
+    assert "line [99.00, 72.00]" in text and text.count("```mermaid") == 2
+
+
+def test_the_commands_of_the_report_give_the_settings_of_its_rows():
+    for flags in (["--model", "senet", "--reduction", "16", "--dataset", "cifar100", "--epochs", "7"],
+                  ["--recipe", "strong", "--no-augment", "--model", "resnet", "--dataset", "shapes"],
+                  ["--residual", "--train-images", "500", "--dataset", "cifar10", "--layers", "1,1,1,1", "--lr", "0.01"]):
+        _, settings = train.parse_args([*flags, "--seed", "3"])
+        words = train.command(settings).split()
+        assert words[:2] == ["python", "train.py"] and train.parse_args([*words[2:], "--seed", "3"])[1] == settings
+
+
+@pytest.mark.parametrize("target, count, words", [
+    ("paper", 24, ("--dataset cifar100 --layers 3,4,6,3 --model senetv2 --seed 1", "--dataset cifar10 --layers 1,1,1,1")),
+    ("paper LAYERS=1,1,1,1 DATASETS=imagenet EPOCHS=2", 8, ("--dataset imagenet --layers 1,1,1,1", "--epochs 2")),
+    ("experiment1", 4, ("--model senet --reduction 16",)), ("experiment2", 8, ("--reduction 2", "cifar100")),
+    ("experiment3", 6, ("--model senetv2",)), ("experiment4", 4, ("--residual",)), ("experiment5", 8, ("--model vit",)),
+])
+def test_experiments_are_lists_of_training_commands_that_parse(target, count, words):
+    listed = subprocess.run(["make", "--no-print-directory", "-n", "PYTHON=python3", "SEEDS=0 1", *target.split()], cwd=HERE, capture_output=True, text=True)
+    lines = listed.stdout.splitlines()
+    assert len(lines) == len({train.parse_args(line.split()[2:])[0].name for line in lines}) == count
+    assert all(any(word in line for line in lines) for word in words)
+    assert [line.split("--seed ")[1][0] for line in lines] == ["0"] * (count // 2) + ["1"] * (count // 2)   # seed by seed
+
+
+def test_gates_are_measured_by_class(finished, tmp_path, capsys):
+    net, source = senetv2.load(finished / "last.pt"), data.load_data("shapes", batch_size=500, train_images=500)
+    train.look_inside(net, source, tmp_path / "gates.png")
+    printed = capsys.readouterr().out.splitlines()
+    block = create_feature_extractor(net, ["layer3.0.bn3"])
+    with torch.no_grad():
+        s = torch.cat([net.layer3[0].gate.scale(block(x)["layer3.0.bn3"]).flatten(1) for x, _ in source.test_batches()])
+    labels = source.test_labels
+    means = torch.stack([s[labels == c].mean(0) for c in range(10)])
+    within = torch.stack([s[labels == c].var(0, correction=0) for c in range(10)]).mean(0).sqrt().mean()
+    assert printed[2] == (f"layer3: mean gate {means.mean():.3f}; standard deviation between classes {means.std(0).mean():.4f}, "
+                          f"between images of a class {within:.4f}")
+    assert Image.open(tmp_path / "gates.png").size == (1040, 4 * 108 + 8) and len(net.layer3[0].bn3._forward_hooks) == 0
+
+
+def test_the_strong_recipe_decays_weights_but_neither_norms_nor_biases():
+    _, settings = train.parse_args(["--recipe", "strong"])
+    net = build_model("senetv2", 10, SMALL)
+    optimizer = train.make_optimizer(net, settings)
+    decayed, free = (group["params"] for group in optimizer.param_groups)
+    assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["nesterov"]
+    assert optimizer.param_groups[0]["weight_decay"] == 5e-4 and optimizer.param_groups[1]["weight_decay"] == 0
+    assert {p.ndim for p in decayed} == {2, 4} and {p.ndim for p in free} == {1}
+    assert len(decayed) + len(free) == len(list(net.parameters()))
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
+    rates = [train.learning_rate(step, 100, 0.1, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[55] == pytest.approx(1.0) and rates == [*sorted(rates[:10]), *sorted(rates[10:], reverse=True)]
+    assert 0 < rates[99] < 0.01
 
 
 # ------------------------------------------------------------------------------------------------- README

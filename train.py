@@ -4,6 +4,7 @@
     python train.py --dataset cifar10 --model senetv2           the paper's network and recipe
     python train.py --evaluate --checkpoint runs/NAME/last.pt   loss, top-1, top-5, accuracy of each class
     python train.py --predict cat.jpg --checkpoint FILE         the five most likely classes
+    python train.py --report runs results                       tables and charts of all runs
     torchrun --nproc-per-node 8 train.py --dataset cifar10      the same run on eight GPUs
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
@@ -27,6 +28,7 @@ import math
 import os
 import platform
 import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -36,6 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torchvision.transforms import v2
+from torchvision.utils import save_image
 
 from data import DATASETS, FOLDERS, IN_MEMORY, STATISTICS, Normalise, centre, load_data, mix, read_image
 from senetv2 import GATES, OURS, PEERS, STEMS, build_model, load, read_checkpoint
@@ -129,6 +132,7 @@ def make_parser():
     add("--restart", action="store_true", help="start the run anew, even if it can go on")
     add("--checkpoint-minutes", type=positive(float), default=5.0, help="minutes between checkpoints")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint, on --data-dir")
+    add("--report", nargs="+", metavar="FOLDER", help="print tables and charts of all runs below these folders, as Markdown")
     add("--predict", nargs="+", metavar="IMAGE", help="print the five most likely classes of each image file")
     add("--checkpoint", help="the file to evaluate or predict with; by default the run's last.pt")
     parser.set_defaults(**RECIPES["paper"])
@@ -386,6 +390,110 @@ def fail(message):
     sys.exit(f"train.py: error: {message}")
 
 
+# ------------------------------------------------------------------------------------------------- Results
+
+PAPER_TOP1 = {("cifar100", "3,4,6,3"): {"resnet": 61.72, "senet r=32": 62.26, "senetv2 r=32 K=4 (= senet r=8)": 63.52},
+              ("cifar10", "1,1,1,1"): {"resnet": 77.38, "senet r=32": 77.79, "senetv2 r=32 K=4 (= senet r=8)": 78.60}}
+NETWORK = ("model", "reduction", "cardinality", "residual")     # what the rows of a table differ in
+
+
+def label(settings):
+    text = settings["model"]
+    if "reduction" in settings:
+        text += f" r={settings['reduction']}"
+    if "cardinality" in settings:
+        text += f" K={settings['cardinality']}"
+        if settings["reduction"] % settings["cardinality"] == 0:
+            text += f" (= senet r={settings['reduction'] // settings['cardinality']})"
+    return text + " residual" * settings.get("residual", False)
+
+
+def command(settings):
+    """The flags that differ from the defaults of the recipe and data set, without the seed."""
+    parser = make_parser()
+    parser.set_defaults(**RECIPES[settings["recipe"]], **{"model": None, "dataset": None})
+    parser.set_defaults(**DATASET_DEFAULTS.get(settings["dataset"], {}))
+    default = vars(parser.parse_args([]))
+    flags = ["python train.py"]
+    for key, value in settings.items():
+        if key != "seed" and value != default[key]:
+            name = key.replace("_", "-")
+            flags.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}")
+    return " ".join(flags)
+
+
+def run_report(folders):
+    """Print, as Markdown, a table and a chart for all finished runs that differ in network and seed alone.
+
+    A run counts by its config.json and metrics.csv; its accuracy is that of the last epoch.
+    """
+    runs, unfinished = {}, []
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
+        about = json.loads(path.read_text())
+        settings = about["settings"]
+        with open(path.with_name("metrics.csv")) as file:
+            about["rows"] = list(csv.DictReader(file))
+        if len(about["rows"]) < settings["epochs"]:
+            unfinished.append(f"- {path.parent}: {len(about['rows'])} of {settings['epochs']} epochs")
+            continue
+        shared = tuple((k, v) for k, v in settings.items() if k not in NETWORK + ("seed",))
+        network = tuple((k, v) for k, v in settings.items() if k in NETWORK)
+        runs.setdefault(shared, {}).setdefault(network, {}).setdefault(settings["seed"], about)
+    for shared, networks in runs.items():
+        by_size = sorted(networks.items(), key=lambda item: next(iter(item[1].values()))["parameters"])
+        print_table(dict(shared), {label(dict(network)): seeds for network, seeds in by_size})
+    if unfinished:
+        print("\nNot finished, and in no table:\n\n" + "\n".join(unfinished))
+    if not runs and not unfinished:
+        fail(f"no run (a folder with config.json and metrics.csv) under {' '.join(folders)}; train first")
+
+
+def print_table(shared, networks):
+    size, pairs = shared.get("train_images", 0), "recipe optimizer lr batch_size stem".split()
+    print(f"\n### {shared['dataset']}, {f'{size:,} training images' if size else 'all training images'}, {shared['epochs']} epochs"
+          + f", layers {shared['layers']}" * ("layers" in shared) + "\n")
+    print(", ".join(f"{key} {shared[key]}" for key in pairs if key in shared) + ".\n")
+    top1 = {name: {seed: float(run["rows"][-1]["top1"]) for seed, run in seeds.items()} for name, seeds in networks.items()}
+    paper = PAPER_TOP1.get((shared["dataset"], shared.get("layers")), {})
+    print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 | in the paper | images/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, seeds in networks.items():
+        run = next(iter(seeds.values()))
+        speed = statistics.median(float(row["images_per_second"]) for run in seeds.values() for row in run["rows"])
+        print(f"| {name} | {run['parameters']:,} | {len(seeds)} | {mean_and(top1[name].values(), statistics.stdev)} "
+              f"| {difference(top1, name, 'resnet')} | {difference(top1, name, 'senet r=32')} | {paper.get(name, '-')} | {speed:,.0f} |")
+    machines = sorted({f"{run['device']}, torch {run['torch']}" for seeds in networks.values() for run in seeds.values()})
+    print("\ntop-1: last epoch, mean ± standard deviation over seeds; differences: paired by seed, mean ± standard error. "
+          f"{'; '.join(machines)}.\n\n```bash")
+    for seeds in networks.values():
+        settings = next(iter(seeds.values()))["settings"]
+        print(f"for seed in {' '.join(map(str, sorted(seeds)))}; do {command(settings)} --seed $seed; done")
+    print("```\n\n```mermaid\nxychart-beta")
+    print(f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"')
+    print(f'    x-axis "epoch" 1 --> {shared["epochs"]}\n    y-axis "top-1 (%)"')
+    curves = {name: [statistics.fmean(column) for column in zip(*([float(row["top1"]) for row in run["rows"]]
+                                                                 for run in seeds.values()))]
+              for name, seeds in networks.items()}
+    for curve in curves.values():
+        print(f"    line [{', '.join(f'{value:.2f}' for value in curve)}]")
+    print(f"```\n\nLines in the order of the table: {'; '.join(curves)}.")
+
+
+def mean_and(values, spread):
+    values = list(values)
+    return f"{statistics.fmean(values):.2f}" + (f" ± {spread(values):.2f}" if len(values) > 1 else "")
+
+
+def difference(top1, name, base):
+    """Mean and standard error of the differences between runs of the same seed."""
+    seeds = top1[name].keys() & top1.get(base, {}).keys()
+    if name == base or not seeds:
+        return "-"
+    gaps = [top1[name][seed] - top1[base][seed] for seed in seeds]
+    text = mean_and(gaps, lambda values: statistics.stdev(values) / math.sqrt(len(values)))
+    return text if text.startswith("-") else f"+{text}"
+
+
 # ---------------------------------------------------------------------------------------------------- Main
 
 
@@ -492,12 +600,51 @@ def run_evaluation(args, settings, device):
     data = open_data(args, saved["settings"], device)
     if data.classes != saved["classes"]:
         fail(f"{path} was trained on other classes than {args.data_dir} holds")
-    result = evaluate(on_device(load(path), device), data)
+    net = on_device(load(path), device)
+    result = evaluate(net, data)
     if process()[0] == 0:
         for name, accuracy in zip(data.classes, result["per_class"]):
             print(f"{accuracy:7.2f}%  {name}")
         print(f"{data.test_size:,} test images of {saved['settings']['dataset']}: loss {result['loss']:.4f}, "
               f"top-1 {result['top1']:.2f}%" + f", top-5 {result['top5']:.2f}%" * (len(data.classes) > 5))
+        if saved["settings"]["model"] in GATES:
+            look_inside(net, data, path.with_name("gates.png"))
+
+
+@torch.no_grad()
+def look_inside(net, data, path):
+    """Draw the mean gate of every channel for every class, and print how much it varies (as in arXiv 1709.01507, section 7.2).
+
+    A strip a stage, from its last bottleneck: a row a class, a column a channel, the channels sorted by their mean;
+    black is the lowest, white the highest gate of the strip.
+    """
+    blocks = [stage[-1] for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+    count = torch.zeros(len(data.classes), 1, dtype=torch.float64, device=data.device)
+    sums = [torch.zeros(2, len(count), block.conv3.out_channels, dtype=torch.float64, device=data.device) for block in blocks]
+
+    def watch(block, total):
+        def add(module, args, out):                         # out: what the gate sees, (B, C, H, W)
+            s = block.gate.scale(out).flatten(1).double()   # (B, C)
+            total.index_add_(1, labels, torch.stack([s, s * s]))
+        return block.bn3.register_forward_hook(add)
+
+    hooks = [watch(block, total) for block, total in zip(blocks, sums)]
+    for images, labels in data.test_batches():
+        with autocast(data.device):
+            net(images)
+        count.index_add_(0, labels, torch.ones(len(labels), 1, dtype=torch.float64, device=data.device))
+    strips = []
+    for number, (hook, (total, square)) in enumerate(zip(hooks, sums), start=1):
+        hook.remove()
+        mean = total / count                                # (classes, C)
+        within = (square / count - mean**2).clamp(min=0).mean(0).sqrt().mean()
+        print(f"layer{number}: mean gate {mean.mean():.3f}; standard deviation between classes {mean.std(0).mean():.4f}, "
+              f"between images of a class {within:.4f}")
+        strip = mean[:, mean.mean(0).argsort()]
+        strip = (strip - strip.min()) / (strip.max() - strip.min()).clamp(min=1e-12)
+        strips.append(F.interpolate(strip[None, None], (max(100, len(strip)), 1024)))
+    save_image(F.pad(torch.cat([F.pad(strip, (0, 0, 0, 8), value=1) for strip in strips], 2), (8, 8, 8, 0), value=1), path)
+    print(f"{path}: the gates, a strip a stage, a row a class, a column a channel")
 
 
 def run_prediction(args, settings, device):
@@ -527,6 +674,8 @@ def hardware(device):
 
 def main(argv=None):
     args, settings = parse_args(argv)
+    if args.report:
+        return run_report(args.report)
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
