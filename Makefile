@@ -14,6 +14,12 @@ PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 
+# glibc: keep freed memory, do not give large tensors back to the system at every step and fetch them anew, page by page.
+# It changes no result; SENetV2-50 on 224-pixel images, on two cores, trains 1.6 times as fast (9.6 against 6.1 images/s).
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 8589934592
+export MALLOC_TOP_PAD_ = 268435456
+
 # Several processes, one a GPU; without GPUs they share the cores.
 TRAIN = $(PYTHON)$(if $(NPROC), -m torch.distributed.run --standalone --nproc-per-node $(NPROC)) train.py
 

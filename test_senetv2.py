@@ -107,6 +107,40 @@ def test_a_zeroed_gate_halves_its_input():
     torch.testing.assert_close(block(x), 0.5 * x)       # sigmoid(0) = 1/2
 
 
+def test_a_gate_whose_last_layer_is_zero_scales_by_a_half():
+    x = torch.randn(2, 64, 5, 5)
+    for residual, factor in ((False, 0.5), (True, 1.5)):
+        block = AggregatedSqueezeExcitation(64, 8, residual=residual)
+        for p in block.expand.parameters():
+            nn.init.zeros_(p)
+        torch.testing.assert_close(block(x), factor * x)
+        block(x).square().sum().backward()
+        assert block.expand.weight.grad.abs().max() > 0 == block.reduce.weight.grad.abs().max()
+
+
+def test_an_undecided_gate_is_a_half_and_a_softmax_would_nearly_close_it():
+    block = SqueezeExcitation(256, 32)
+    nn.init.zeros_(block.expand.weight), nn.init.zeros_(block.expand.bias)
+    scale = block.scale(torch.randn(1, 256, 4, 4)).flatten()
+    torch.testing.assert_close(scale, torch.full((256,), 0.5))
+    torch.testing.assert_close(scale.logit().softmax(0), torch.full((256,), 1 / 256))
+
+
+def test_the_squeeze_leaves_one_number_a_channel():
+    block, seen = AggregatedSqueezeExcitation(64, 8), []
+    block.reduce.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    x = torch.randn(3, 64, 7, 5)
+    block(x)
+    assert seen[0].shape == (3, 64)
+    torch.testing.assert_close(seen[0], F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.mark.parametrize("cardinality, count", [(1, 4_360), (4, 16_672)])
+def test_the_parameters_of_a_gate_grow_with_its_width(cardinality, count):
+    width = cardinality * 256 // 32
+    assert parameters(AggregatedSqueezeExcitation(256, 32, cardinality)) == 2 * 256 * width + width + 256 == count
+
+
 @pytest.mark.parametrize("kind", [SqueezeExcitation, AggregatedSqueezeExcitation])
 def test_residual_adds_the_input_as_the_released_code_does(kind):
     block, x = kind(32, 8), torch.randn(2, 32, 5, 5)
@@ -988,6 +1022,14 @@ def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
 
 def fenced(language):
     return re.findall(rf"^```{language}\n(.*?)^```", (HERE / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_names_tests_files_and_figures_that_exist():
+    text = (HERE / "README.md").read_text()
+    named = re.findall(r"`(test_\w+)`", text)
+    assert len(named) >= 6 and all(callable(globals().get(name)) for name in named)
+    links = re.findall(r"\]\(((?!http)[^)#]+)\)", text)
+    assert len(links) >= 8 and all((HERE / link).exists() for link in links)
 
 
 @pytest.mark.parametrize("code", fenced("python"))

@@ -607,7 +607,7 @@ def run_evaluation(args, settings, device):
             print(f"{accuracy:7.2f}%  {name}")
         print(f"{data.test_size:,} test images of {saved['settings']['dataset']}: loss {result['loss']:.4f}, "
               f"top-1 {result['top1']:.2f}%" + f", top-5 {result['top5']:.2f}%" * (len(data.classes) > 5))
-        if saved["settings"]["model"] in GATES:
+        if saved["settings"]["model"] in GATES and process()[1] == 1:
             look_inside(net, data, path.with_name("gates.png"))
 
 
