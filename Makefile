@@ -37,7 +37,7 @@ $(TRAIN) --dataset $(2) --model $(3) --seed $(1) $(strip $(COMMON))
 
 endef
 
-.PHONY: help train evaluate predict test table bench look paper experiment1 experiment2 experiment3 experiment4 experiment5 report clean
+.PHONY: help train evaluate predict test table bench look pictures paper experiment1 experiment2 experiment3 experiment4 experiment5 report clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -87,6 +87,10 @@ look: $(READY)  ## a contact sheet of the data, before and after augmentation: D
 
 test: $(READY)  ## check every claim of README and docstrings
 	$(PYTHON) -m pytest -q $(ARGS)
+
+pictures: train evaluate  ## draw the README's pictures anew (with train's defaults)
+	$(PYTHON) data.py --out assets/shapes.png
+	cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png
 
 clean:  ## remove .venv and caches; runs and data stay
 	rm -rf .venv .pytest_cache __pycache__

@@ -28,13 +28,12 @@ import math
 import os
 import sys
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
@@ -219,14 +218,15 @@ def read_cifar(dataset, root):
     """
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
     folder = Path(root, source.base_folder)
-    for name, md5 in source.train_list + source.test_list + [(source.meta["filename"], source.meta["md5"])]:
+    files = source.train_list + source.test_list + [(source.meta["filename"], source.meta["md5"])]
+    for name, md5 in files:
         if (folder / name).exists() and not check_integrity(folder / name, md5):
             raise ValueError(f"{folder / name} is truncated or altered (its md5 is not {md5}); "
                              f"delete {folder} and run again to download it anew")
     try:
-        train = source(root, train=True, download=not folder.exists())
+        train = source(root, train=True, download=not all((folder / name).exists() for name, _ in files))
         test = source(root, train=False)
-    except (RuntimeError, URLError, OSError) as error:
+    except (RuntimeError, OSError) as error:        # URLError is an OSError
         raise FileNotFoundError(f"{dataset} is not in {folder} and cannot be downloaded ({error}); put its original "
                                 "files there, or pass --dataset shapes (make: DATASET=shapes), which needs none") from None
     splits = [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets))
@@ -240,10 +240,13 @@ def read_cifar(dataset, root):
 def read_image(path):
     """uint8 (3, H, W), in the orientation that EXIF asks for; ValueError for what does not decode."""
     try:
-        return torchvision.io.decode_image(str(path), mode="RGB", apply_exif_orientation=True)
+        image = torchvision.io.decode_image(str(path), mode="RGB", apply_exif_orientation=True)
     except RuntimeError as error:
         raise ValueError(f"{path} is no image that can be decoded ({str(error).splitlines()[0]}); "
                          "replace or remove it") from None
+    if image.dtype != torch.uint8 or image.ndim != 3:
+        raise ValueError(f"{path} holds several images, or more than 8 bits a colour; convert it")
+    return image
 
 
 def centre(size):
@@ -267,11 +270,17 @@ class ImageFiles(Dataset):
             found = datasets.ImageFolder(folder)
         except FileNotFoundError as error:          # torchvision names the empty classes
             raise FileNotFoundError(f"{folder}: {error}") from None
-        self.classes, self.seed = found.classes, seed
+        self.classes, self.seed, self.size = found.classes, seed, size
         self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
         self.labels = np.array([label for _, label in found.samples])
         self.augmented = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
         self.plain = centre(size)
+
+    def collate(self, items):
+        """A batch; an empty one for a process that has no share of the last test images."""
+        if items:
+            return default_collate(items)
+        return [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)]
 
     def keep(self, index):
         self.paths, self.labels = self.paths[index], self.labels[index]
@@ -322,7 +331,8 @@ class Folder:
         return torch.stack([self.train[epoch, i][0] for i in index])
 
     def _load(self, files, batches):
-        loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers, pin_memory=self.device.type == "cuda")
+        loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers, collate_fn=files.collate,
+                            pin_memory=self.device.type == "cuda")
         try:
             for images, labels in self._ahead(loader):
                 yield self.normalise(images), labels
@@ -422,10 +432,8 @@ def print_benchmark(data):
     """Images a second of the loader alone, and its share of the time of a training step of SENetV2-50."""
     from senetv2 import build_model, interleaved, training_step         # the other chapter, for this comparison only
 
-    def some_batches(count=20):
-        for _ in zip(range(count), data.train_batches(0)):
-            pass
-        return count
+    def some_batches():
+        return sum(1 for _ in zip(range(20), data.train_batches(0)))
 
     device, size = data.device, data.view([0]).shape[-1]
     net = build_model("senetv2").to(device, memory_format=torch.channels_last)

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -38,6 +39,9 @@ from senetv2 import AggregatedSqueezeExcitation, SqueezeExcitation, build_model
 HERE = Path(__file__).parent
 SMALL = (1, 1, 1, 1)
 OURS = ("resnet", "senet", "senetv2")
+
+pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),       # README, known limits
+              pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")]        # of the hostile checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +183,7 @@ def test_the_block_compiles_whole_exports_and_copies():
     (lambda: build_model("resnet", stem="tiny"), ("'tiny'", "imagenet, cifar")),
     (lambda: build_model("senet3"), ("'senet3'", "resnet, senet, senetv2", "convnext_tiny, vit")),
     (lambda: build_model("eficientnet_b1"), ("did you mean efficientnet_b1?",)),
+    (lambda: build_model("vit", image_size=130), ("16x16", "130")),
 ])
 def test_impossible_networks_are_refused_in_words_that_name_the_way_out(make, said):
     with pytest.raises(ValueError) as error:
@@ -487,7 +492,7 @@ def test_a_damaged_cifar_file_is_named(tmp_path, monkeypatch):
 
 def test_without_cifar_and_network_the_way_out_is_named(tmp_path, monkeypatch):
     def no_network(*args, **kwargs):
-        raise data.URLError("no network")
+        raise URLError("no network")
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
     with pytest.raises(FileNotFoundError, match="cifar-10-batches-py.*DATASET=shapes"):
         data.load_data("cifar10", tmp_path)
@@ -535,6 +540,19 @@ def test_folder_test_images_are_the_resized_centre(folder):
     images, labels = next(source.test_batches())
     torch.testing.assert_close(images[0], oracle(torchvision.io.decode_image(str(path), mode="RGB")))
     assert sum(len(labels) for _, labels in source.test_batches()) == 9 and labels[0] == 0
+
+
+def test_processes_without_a_share_of_the_last_test_images_get_an_empty_batch(folder):
+    shares = [list(load_folder(folder, rank=rank, world=4, workers=rank % 2).test_batches()) for rank in range(4)]
+    assert [[len(labels) for _, labels in share] for share in shares] == [[2, 1], [2, 0], [2, 0], [2, 0]]
+    net = build_model("senetv2", 3, SMALL).eval()
+    assert shares[1][1][0].shape == (0, 3, 32, 32) and net(shares[1][1][0]).shape == (0, 3)
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png holds .* 8 bits"):
+        data.read_image(tmp_path / "deep.png")
 
 
 def test_a_cut_folder_keeps_the_lowest_hashes_of_every_class(folder):
@@ -672,6 +690,7 @@ def test_a_mistyped_command_ends_in_one_line_without_a_traceback(tmp_path):
     (["--reduction", "0"], ("--reduction", "positive")),
     (["--reduction", "257"], ("257", "256")),
     (["--lr", "nan"], ("--lr", "positive")),
+    (["--weight-decay", "-1"], ("--weight-decay", "between 0 and 1")),
     (["--dataset", "imagenet"], ("train/", "--data-dir")),
     (["--evaluate", "--checkpoint", "nowhere.pt"], ("nowhere.pt", "train first")),
 ])
@@ -728,7 +747,7 @@ def test_weights_of_another_run_are_taken_where_name_and_shape_agree(finished, t
 
 def test_weights_that_cannot_be_downloaded_are_said(monkeypatch, capsys):
     def no_network(*args, **kwargs):
-        raise data.URLError("no network")
+        raise URLError("no network")
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
     assert "resnet50 are not on this disk" in complaint(capsys, *QUICK, "--weights", "imagenet")
 
@@ -964,7 +983,8 @@ def test_the_report_averages_last_epochs_and_pairs_differences_by_seed(tmp_path,
 def test_the_commands_of_the_report_give_the_settings_of_its_rows():
     for flags in (["--model", "senet", "--reduction", "16", "--dataset", "cifar100", "--epochs", "7"],
                   ["--recipe", "strong", "--no-augment", "--model", "resnet", "--dataset", "shapes"],
-                  ["--residual", "--train-images", "500", "--dataset", "cifar10", "--layers", "1,1,1,1", "--lr", "0.01"]):
+                  ["--residual", "--train-images", "500", "--dataset", "cifar10", "--layers", "1,1,1,1", "--lr", "0.01"],
+                  ["--dataset", "folder", "--data-dir", "mine", "--weight-decay", "5e-5"]):
         _, settings = train.parse_args([*flags, "--seed", "3"])
         words = train.command(settings).split()
         assert words[:2] == ["python", "train.py"] and train.parse_args([*words[2:], "--seed", "3"])[1] == settings

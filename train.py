@@ -56,11 +56,11 @@ RECIPES = {
 DATASET_DEFAULTS = {"shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64), "folder": dict(images_per_class=0)}
 
 # What defines a result; hardware, workers and compilation do not.  Some of it says nothing for some models and sets.
-RESULT = ("dataset", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "weights", "optimizer", "lr",
+RESULT = ("dataset", "data_dir", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "weights", "optimizer", "lr",
           "warmup", "weight_decay", "label_smoothing", "epochs", "batch_size", "train_images", "images_per_class",
           "image_size", "augment", "erase", "seed")
 ONLY_FOR = {"layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES, "cardinality": ("senetv2",),
-            "images_per_class": FOLDERS, "image_size": FOLDERS, "erase": IN_MEMORY}
+            "data_dir": ("folder",), "images_per_class": FOLDERS, "image_size": FOLDERS, "erase": IN_MEMORY}
 
 
 def positive(kind):
@@ -81,10 +81,14 @@ def natural(text):
     return int(text)
 
 
-def share(text):
-    if not text.replace(".", "", 1).isdecimal() or float(text) > 1:
+def fraction(text):
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
+    if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")
-    return float(text)
+    return number
 
 
 def four_numbers(text):
@@ -119,9 +123,9 @@ def make_parser():
     add("--recipe", choices=RECIPES, default="paper", help="where the other defaults come from")
     add("--optimizer", choices=("adam", "sgd"), help="sgd: with Nesterov momentum 0.9")
     add("--lr", type=positive(float), help="learning rate at its peak")
-    add("--warmup", type=share, help="share of the run in which it rises; it then falls to 0 as a cosine")
-    add("--weight-decay", type=share, help="L2 penalty on weights; norms and biases have none")
-    add("--label-smoothing", type=share, help="share of the target spread over all classes")
+    add("--warmup", type=fraction, help="share of the run in which it rises; it then falls to 0 as a cosine")
+    add("--weight-decay", type=fraction, help="L2 penalty on weights; norms and biases have none")
+    add("--label-smoothing", type=fraction, help="share of the target spread over all classes")
     add("--epochs", type=positive(int), help="passes over the training images")
     add("--batch-size", type=positive(int), help="images a step, in all processes together")
     add = parser.add_argument_group("run").add_argument
@@ -162,25 +166,32 @@ def parse_args(argv=None):
 def train(args, settings, data, net, optimizer, saved, out):
     """Train to the last epoch, from the start or from the checkpoint `saved`; returns the history, a dict an epoch."""
     rank, world = process()
-    model = torch.compile(net) if args.compile else net
+    model = net
     if world > 1:       # buffers go round before they are saved or used, not at every step
         model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if args.compile:
+        model = torch.compile(model)
     step, history, total = 0, [], settings["epochs"] * data.steps
     losses = torch.zeros(data.steps, device=data.device)        # of the running epoch, one a step
+    averaged = 0                                                # how many of them are means over all processes
     began = time.perf_counter()
     if saved:
         step, history = saved["step"], saved["history"]
         net.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         losses.copy_(saved["losses"])
+        averaged = step - len(history) * data.steps
         began -= saved["seconds"]
     watch, progress = Watch(args.checkpoint_minutes), Progress(total, step)
 
     def gather():
         """Make losses and buffers alike in all processes; stop if they are no longer numbers."""
+        nonlocal averaged
         if world > 1:
-            dist.all_reduce(losses)
-            losses.div_(world)
+            fresh = losses[averaged:step - len(history) * data.steps]
+            dist.all_reduce(fresh)
+            fresh.div_(world)
+            averaged += len(fresh)
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
         check_finite(losses, net, step)
@@ -231,6 +242,7 @@ def train(args, settings, data, net, optimizer, saved, out):
         if rank == 0:
             write(out / "metrics.csv", lambda file: file.write(as_csv(history)))
         losses.zero_()
+        averaged = 0
         began = time.perf_counter()
     save()
     return history
@@ -274,10 +286,10 @@ def evaluate(net, data, after_batch=lambda: None):
     if process()[1] > 1:
         dist.all_reduce(sums)
         dist.all_reduce(classes)
-    (loss, top5), (hits, images) = sums.tolist(), classes
-    count = images.sum().item()
-    return dict(loss=loss / count, top1=100 * hits.sum().item() / count, top5=100 * top5 / count,
-                per_class=(100 * hits / images).tolist())
+    (loss, top5), (right, seen) = sums.tolist(), classes
+    count = seen.sum().item()
+    return dict(loss=loss / count, top1=100 * right.sum().item() / count, top5=100 * top5 / count,
+                per_class=(100 * right / seen).tolist())
 
 
 def check_finite(losses, net, step):
@@ -403,7 +415,7 @@ def label(settings):
         text += f" r={settings['reduction']}"
     if "cardinality" in settings:
         text += f" K={settings['cardinality']}"
-        if settings["reduction"] % settings["cardinality"] == 0:
+        if 256 % settings["reduction"] == 0 == settings["reduction"] % settings["cardinality"]:     # no channel is cut off
             text += f" (= senet r={settings['reduction'] // settings['cardinality']})"
     return text + " residual" * settings.get("residual", False)
 
@@ -430,6 +442,8 @@ def run_report(folders):
     runs, unfinished = {}, []
     for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
         about = json.loads(path.read_text())
+        if "settings" not in about:
+            continue        # somebody else's file
         settings = about["settings"]
         with open(path.with_name("metrics.csv")) as file:
             about["rows"] = list(csv.DictReader(file))
@@ -532,15 +546,16 @@ def listed(names):
 
 
 def open_data(args, settings, device):
-    """The data set that the settings name.  The first process downloads what is missing, the others wait for it."""
+    """The data set that the settings name.  One process of each machine downloads what is missing, the others wait."""
     rank, world = process()
-    if rank:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
         dist.barrier()
     sizes = {key: settings[key] for key in ("images_per_class", "image_size") if key in settings}
     data = load_data(settings["dataset"], args.data_dir, device=device, batch_size=settings["batch_size"],
                      seed=settings["seed"], augment=settings["augment"], erase=settings.get("erase", 0), train_images=settings["train_images"],
                      workers=args.workers, rank=rank, world=world, **sizes)
-    if world > 1 and not rank:
+    if world > 1 and first:
         dist.barrier()
     return data
 
@@ -594,7 +609,7 @@ def run_training(args, settings, device):
               f"{sum(row['seconds'] for row in history):.0f} s of training; {out}")
 
 
-def run_evaluation(args, settings, device):
+def run_evaluation(args, device):
     path = checkpoint_path(args)
     saved = read_checkpoint(path)
     data = open_data(args, saved["settings"], device)
@@ -647,7 +662,7 @@ def look_inside(net, data, path):
     print(f"{path}: the gates, a strip a stage, a row a class, a column a channel")
 
 
-def run_prediction(args, settings, device):
+def run_prediction(args, device):
     path = checkpoint_path(args)
     settings = read_checkpoint(path)["settings"]
     net = on_device(load(path), device)
@@ -674,8 +689,8 @@ def hardware(device):
 
 def main(argv=None):
     args, settings = parse_args(argv)
-    if args.report:
-        return run_report(args.report)
+    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        fail(f"more processes than the {torch.cuda.device_count()} GPUs of this machine; give one process a GPU")
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -684,7 +699,14 @@ def main(argv=None):
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        (run_prediction if args.predict else run_evaluation if args.evaluate else run_training)(args, settings, device)
+        if args.report:
+            run_report(args.report)
+        elif args.predict:
+            run_prediction(args, device)
+        elif args.evaluate:
+            run_evaluation(args, device)
+        else:
+            run_training(args, settings, device)
     except (ValueError, OSError) as error:
         fail(error)
     finally:
