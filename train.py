@@ -22,6 +22,7 @@ The accuracy of a run is that of its last epoch, never the best epoch on the tes
 """
 import argparse
 import csv
+import datetime
 import io
 import json
 import math
@@ -345,8 +346,8 @@ class Progress:
         self.start, self.last, self.head = time.monotonic(), 0, False
 
     def left(self, step):
-        seconds = (time.monotonic() - self.start) / max(1, step - self.first) * (self.total - step)
-        return f"{seconds // 3600:.0f}:{seconds // 60 % 60:02.0f}:{seconds % 60:02.0f}"
+        seconds = round((time.monotonic() - self.start) / max(1, step - self.first) * (self.total - step))
+        return str(datetime.timedelta(seconds=seconds))
 
     def show(self, step, losses, data):
         self.step = step
