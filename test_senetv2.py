@@ -658,7 +658,7 @@ def test_a_run_through_the_command_line(tmp_path):
     again = run(*QUICK, "--out", out)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
     judged = run("--evaluate", "--checkpoint", out / "last.pt")
-    assert f"top-1 {float(table[1]['top1']):.2f}%" in judged.stdout and len(judged.stdout.splitlines()) == 11
+    assert f"top-1 {float(table[1]['top1']):.2f}%" in judged.stdout and len(judged.stdout.splitlines()) == 11 + 5
     net = senetv2.load(out / "last.pt")
     assert net.classes == list(data.SHAPES) and not net.training
     images, labels = data.draw_shapes(1000, seed=2)
