@@ -939,6 +939,9 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(rank, number, in_tw
     out = tmp_path / "run"
     assert drive(out, step=8, number=number, rank=rank, processes=2).returncode != 0
     assert senetv2.read_checkpoint(out / "last.pt")["step"] == 8 and not list(out.glob("*.tmp"))
+    shutil.copytree(out, tmp_path / "alone")
+    train.main([*QUICK, "--out", str(tmp_path / "alone")])          # a single process can go on, too
+    assert senetv2.read_checkpoint(tmp_path / "alone" / "last.pt")["step"] == 12 and len(rows(tmp_path / "alone")) == 2
     assert drive(out, processes=2).returncode == 0
     assert same_result(out, in_two[0])
 

@@ -341,7 +341,8 @@ class Progress:
     """What the terminal shows: a line an epoch, and on a terminal one that moves within the epoch."""
 
     def __init__(self, total, step):
-        self.on, self.live = process()[0] == 0, process()[0] == 0 and sys.stdout.isatty()
+        self.on = process()[0] == 0
+        self.live = self.on and sys.stdout.isatty()
         self.total, self.first, self.step = total, step, step
         self.start, self.last, self.head = time.monotonic(), 0, False
 
@@ -464,10 +465,10 @@ def run_report(folders):
 
 
 def print_table(shared, networks):
-    size, pairs = shared.get("train_images", 0), "recipe optimizer lr batch_size stem".split()
+    size = shared.get("train_images", 0)
     print(f"\n### {shared['dataset']}, {f'{size:,} training images' if size else 'all training images'}, {shared['epochs']} epochs"
           + f", layers {shared['layers']}" * ("layers" in shared) + "\n")
-    print(", ".join(f"{key} {shared[key]}" for key in pairs if key in shared) + ".\n")
+    print(", ".join(f"{key} {shared[key]}" for key in ("recipe", "optimizer", "lr", "batch_size", "stem") if key in shared) + ".\n")
     top1 = {name: {seed: float(run["rows"][-1]["top1"]) for seed, run in seeds.items()} for name, seeds in networks.items()}
     paper = PAPER_TOP1.get((shared["dataset"], shared.get("layers")), {})
     print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 | in the paper | images/s |")
