@@ -89,9 +89,9 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
 
 # ----------------------------------------------------------------------------------------------- Network
 
-# To try a gate of your own, add a line here: a module whose .scale(x) maps (B, C, H, W) to (B, C, 1, 1).
+# To try a gate of your own, add a line here: a module with these arguments whose .scale(x) is (B, C, 1, 1).
 GATES = {
-    "senet": lambda channels, reduction, cardinality, residual: SqueezeExcitation(channels, reduction, residual),
+    "senet": lambda channels, cardinality, **options: SqueezeExcitation(channels, **options),
     "senetv2": AggregatedSqueezeExcitation,
 }
 OURS = ("resnet", *GATES)
@@ -161,7 +161,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     for block in model.modules():
         if isinstance(block, GatedBottleneck):
             channels = block.conv3.out_channels
-            block.gate = GATES[name](channels, reduction, cardinality, residual)
+            block.gate = GATES[name](channels, reduction=reduction, cardinality=cardinality, residual=residual)
     return model
 
 

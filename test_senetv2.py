@@ -76,22 +76,30 @@ class LiteralBranches(nn.Module):
 
 
 @pytest.mark.parametrize("channels, reduction, cardinality", [(64, 8, 4), (60, 7, 3), (256, 32, 1)])
-def test_the_wide_matrix_equals_the_literal_branches_in_outputs_and_gradients(channels, reduction, cardinality):
+def test_the_wide_matrix_equals_the_literal_branches_in_outputs_gradients_and_training(channels, reduction, cardinality):
     literal = LiteralBranches(channels, reduction, cardinality).double()
     ours = AggregatedSqueezeExcitation(channels, reduction, cardinality).double()
-    ours.reduce.weight.data = torch.cat([branch.weight.data for branch in literal.branches])
-    ours.reduce.bias.data = torch.cat([branch.bias.data for branch in literal.branches])
+
+    def stacked(tensor):        # the literal branches' weights, biases or gradients as one
+        return torch.cat([tensor(branch) for branch in literal.branches])
+
+    ours.reduce.weight.data, ours.reduce.bias.data = stacked(lambda b: b.weight.data), stacked(lambda b: b.bias.data)
     ours.expand.load_state_dict(literal.expand.state_dict())
-    x = torch.randn(3, channels, 5, 4, dtype=torch.float64)
+    x, target = torch.randn(2, 3, channels, 5, 4, dtype=torch.float64)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    weight = torch.randn_like(x)
-    (literal(a) * weight).sum().backward()
-    (ours(b) * weight).sum().backward()
-    torch.testing.assert_close(ours(b), literal(a))
-    torch.testing.assert_close(b.grad, a.grad)
-    torch.testing.assert_close(ours.reduce.weight.grad, torch.cat([br.weight.grad for br in literal.branches]))
-    torch.testing.assert_close(ours.reduce.bias.grad, torch.cat([br.bias.grad for br in literal.branches]))
-    torch.testing.assert_close(ours.expand.weight.grad, literal.expand.weight.grad)
+    optimizers = [torch.optim.Adam(net.parameters(), lr=0.01) for net in (literal, ours)]
+    for _ in range(10):
+        for net, image, optimizer in zip((literal, ours), (a, b), optimizers):
+            optimizer.zero_grad()
+            F.mse_loss(net(image), target).backward()
+        torch.testing.assert_close(ours(b), literal(a))
+        torch.testing.assert_close(b.grad, a.grad)
+        torch.testing.assert_close(ours.reduce.weight.grad, stacked(lambda b: b.weight.grad))
+        torch.testing.assert_close(ours.reduce.bias.grad, stacked(lambda b: b.bias.grad))
+        torch.testing.assert_close(ours.expand.weight.grad, literal.expand.weight.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours.reduce.weight, stacked(lambda b: b.weight))
 
 
 def test_the_gate_equals_torchvisions_squeeze_excitation():
@@ -972,6 +980,8 @@ def test_the_report_averages_last_epochs_and_pairs_differences_by_seed(tmp_path,
         invent_run(tmp_path / "b" / f"gated{seed}", seed, gated[seed], model="senetv2", reduction=32, cardinality=4, residual=False)
     invent_run(tmp_path / "b" / "long", 0, 90.0, epochs=3, done=3)
     invent_run(tmp_path / "b" / "running", 3, 80.0, done=1)
+    invent_run(tmp_path / "b" / "copied", 0, plain[0])
+    invent_run(tmp_path / "b" / "edited", 0, 60.0)
     train.main(["--report", str(tmp_path / "a"), str(tmp_path / "b")])
     text = capsys.readouterr().out
     gaps = np.subtract(gated, plain)
@@ -980,6 +990,7 @@ def test_the_report_averages_last_epochs_and_pairs_differences_by_seed(tmp_path,
             f"| +{gaps.mean():.2f} ± {gaps.std(ddof=1) / 3**0.5:.2f} | - | 78.6") in text
     assert "### cifar10, all training images, 3 epochs" in text and "| 1 | 90.00 | - |" in text     # a table of its own
     assert "running: 1 of 2 epochs" in text and "80.00" not in text
+    assert "edited: top-1 60.00%, where a run of the same settings above has 70.00%" in text and "copied" not in text
     assert "line [99.00, 72.00]" in text and text.count("```mermaid") == 2
 
 
@@ -1055,6 +1066,15 @@ def test_the_readme_names_tests_files_and_figures_that_exist():
     assert len(links) >= 8 and all((HERE / link).exists() for link in links)
 
 
+def test_the_readmes_results_are_the_reports(capsys):
+    train.main(["--report", str(HERE / "results")])
+    report = capsys.readouterr().out
+    figures = re.findall(r"^(\|.* ±.*\|) [^|]+\| [^|]+\|$", report, re.MULTILINE)       # up to the paper's, and the speed of that day
+    curves = re.findall(r"^    line .*", report, re.MULTILINE)
+    text = (HERE / "README.md").read_text()
+    assert 0 < len(figures) == len(curves) and all(line in text for line in [*figures, *curves])
+
+
 @pytest.mark.parametrize("code", fenced("python"))
 def test_the_readmes_python_runs(code, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1065,8 +1085,13 @@ def test_the_readmes_python_runs(code, finished, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------- Benchmark
 
 
+class SideBySide(nn.ModuleList):
+    def forward(self, z):
+        return torch.cat([layer(z) for layer in self], dim=1)
+
+
 def main():
-    """Print what the gate costs as K grows at the same total width: ours, and the literal branches above."""
+    """Print what the gate costs as K grows at the same total width: as one matrix, and as K that are run one by one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     x = torch.randn(32, 1024, 14, 14, device=device).to(memory_format=torch.channels_last).requires_grad_()
 
@@ -1074,14 +1099,16 @@ def main():
         return lambda: gate(x).backward(x)
 
     print(f"forward and backward of a gate with 128 hidden units on {tuple(x.shape)}, {device}, {torch.get_num_threads()} "
-          "threads; milliseconds, median [quartiles]\n\n| K | r | ours | K layers and a concatenation |\n|---|---|---|---|")
+          "threads; milliseconds, median [quartiles]\n\n| K | r | one matrix | K layers and a concatenation |\n|---|---|---|---|")
     sizes = [(cardinality, 8 * cardinality) for cardinality in (1, 4, 16, 64)]
-    gates = [kind(1024, r, k).to(device) for k, r in sizes
-             for kind in (lambda c, r, k: AggregatedSqueezeExcitation(c, r, k), LiteralBranches)]
+    gates = []
+    for k, r in sizes:
+        gates += AggregatedSqueezeExcitation(1024, r, k).to(device), AggregatedSqueezeExcitation(1024, r, k).to(device)
+        gates[-1].reduce = SideBySide(nn.Linear(1024, 1024 // r) for _ in range(k)).to(device)
     times = 1000 * senetv2.interleaved([both_ways(gate) for gate in gates], 15, device)
     for row, (cardinality, reduction) in enumerate(sizes):
-        ours, literal = (senetv2.spread(times[:, 2 * row + column], ".2f") for column in (0, 1))
-        print(f"| {cardinality} | {reduction} | {ours} | {literal} |")
+        stacked, apart = (senetv2.spread(times[:, 2 * row + column], ".2f") for column in (0, 1))
+        print(f"| {cardinality} | {reduction} | {stacked} | {apart} |")
 
 
 if __name__ == "__main__":

@@ -64,32 +64,22 @@ ONLY_FOR = {"layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES,
             "data_dir": ("folder",), "images_per_class": FOLDERS, "image_size": FOLDERS, "erase": IN_MEMORY}
 
 
-def positive(kind):
+def number(kind, low, high, what):
+    """An argparse type: int or float from low to high; anything else, nan and inf too, is refused as not being `what`."""
     def parse(text):
         try:
-            number = kind(text)
+            if low <= (value := kind(text)) <= high:
+                return value
         except ValueError:
-            number = -1
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a positive {'whole ' if kind is int else ''}number")
-        return number
+            pass
+        raise argparse.ArgumentTypeError(f"{text} is not {what}")
     return parse
 
 
-def natural(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
-    return int(text)
-
-
-def fraction(text):
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")
-    return number
+natural = number(int, 0, sys.maxsize, "a whole number of 0 or more")
+whole = number(int, 1, sys.maxsize, "a positive whole number")
+positive = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
+fraction = number(float, 0, 1, "a number between 0 and 1")
 
 
 def four_numbers(text):
@@ -107,7 +97,7 @@ def make_parser():
     add("--data-dir", default="data", help="where its files are, or go")
     add("--train-images", type=natural, default=0, help="train on the first N of a seeded shuffle; 0: all")
     add("--images-per-class", type=natural, default=250, help="imagenet, folder: training images a class; 0: all")
-    add("--image-size", type=positive(int), default=224, help="imagenet, folder: pixels a side")
+    add("--image-size", type=whole, default=224, help="imagenet, folder: pixels a side")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="random crop and flip")
     add("--erase", type=natural, help="side in pixels of the square erased from each training image; not in folders")
     add("--workers", type=natural, default=min(8, os.cpu_count()), help="imagenet, folder: processes that decode")
@@ -115,27 +105,27 @@ def make_parser():
     add("--model", default="senetv2", help=f"{', '.join(OURS)}; {', '.join(PEERS)}; or any classification network of torchvision")
     add("--layers", type=four_numbers, default="3,4,6,3", help="bottlenecks a stage; shapes has 1,1,1,1")
     add("--stem", choices=STEMS, help="imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1")
-    add("--reduction", type=positive(int), default=32, help="r: channels over hidden units of a dense layer in the gate")
-    add("--cardinality", type=positive(int), default=4, help="K: parallel dense layers (senetv2)")
+    add("--reduction", type=whole, default=32, help="r: channels over hidden units of a dense layer in the gate")
+    add("--cardinality", type=whole, default=4, help="K: parallel dense layers (senetv2)")
     add("--residual", action=argparse.BooleanOptionalAction, default=False,
         help="gate x by 1 + s, as the released code does, not by s")
     add("--weights", help="start from: imagenet (torchvision's weights of the trunk) or a checkpoint")
     add = parser.add_argument_group("optimisation; defaults from the recipe").add_argument
     add("--recipe", choices=RECIPES, default="paper", help="where the other defaults come from")
     add("--optimizer", choices=("adam", "sgd"), help="sgd: with Nesterov momentum 0.9")
-    add("--lr", type=positive(float), help="learning rate at its peak")
+    add("--lr", type=positive, help="learning rate at its peak")
     add("--warmup", type=fraction, help="share of the run in which it rises; it then falls to 0 as a cosine")
     add("--weight-decay", type=fraction, help="L2 penalty on weights; norms and biases have none")
     add("--label-smoothing", type=fraction, help="share of the target spread over all classes")
-    add("--epochs", type=positive(int), help="passes over the training images")
-    add("--batch-size", type=positive(int), help="images a step, in all processes together")
+    add("--epochs", type=whole, help="passes over the training images")
+    add("--batch-size", type=whole, help="images a step, in all processes together")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=natural, default=0, help="of weights, order and augmentation")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--compile", action="store_true", help="use torch.compile")
     add("--out", help="the run's folder; by default runs/ and a name made from the settings")
     add("--restart", action="store_true", help="start the run anew, even if it can go on")
-    add("--checkpoint-minutes", type=positive(float), default=5.0, help="minutes between checkpoints")
+    add("--checkpoint-minutes", type=positive, default=5.0, help="minutes between checkpoints")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint, on --data-dir")
     add("--report", nargs="+", metavar="FOLDER", help="print tables and charts of all runs below these folders, as Markdown")
     add("--predict", nargs="+", metavar="IMAGE", help="print the five most likely classes of each image file")
@@ -409,6 +399,7 @@ def fail(message):
 PAPER_TOP1 = {("cifar100", "3,4,6,3"): {"resnet": 61.72, "senet r=32": 62.26, "senetv2 r=32 K=4 (= senet r=8)": 63.52},
               ("cifar10", "1,1,1,1"): {"resnet": 77.38, "senet r=32": 77.79, "senetv2 r=32 K=4 (= senet r=8)": 78.60}}
 NETWORK = ("model", "reduction", "cardinality", "residual")     # what the rows of a table differ in
+COLOURS = dict(grey="#888888", blue="#1f77b4", green="#2ca02c", red="#d62728", orange="#ff7f0e", purple="#9467bd", brown="#8c564b")
 
 
 def label(settings):
@@ -439,9 +430,10 @@ def command(settings):
 def run_report(folders):
     """Print, as Markdown, a table and a chart for all finished runs that differ in network and seed alone.
 
-    A run counts by its config.json and metrics.csv; its accuracy is that of the last epoch.
+    A run counts by its config.json and metrics.csv; its accuracy is that of the last epoch.  Of two with all settings alike
+    (a copy, or one after an edit of the code) the first folder counts, and the other is named where it differs.
     """
-    runs, unfinished = {}, []
+    runs, left_out = {}, []
     for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
         about = json.loads(path.read_text())
         if "settings" not in about:
@@ -450,17 +442,20 @@ def run_report(folders):
         with open(path.with_name("metrics.csv")) as file:
             about["rows"] = list(csv.DictReader(file))
         if len(about["rows"]) < settings["epochs"]:
-            unfinished.append(f"- {path.parent}: {len(about['rows'])} of {settings['epochs']} epochs")
+            left_out.append(f"- {path.parent}: {len(about['rows'])} of {settings['epochs']} epochs")
             continue
         shared = tuple((k, v) for k, v in settings.items() if k not in NETWORK + ("seed",))
         network = tuple((k, v) for k, v in settings.items() if k in NETWORK)
-        runs.setdefault(shared, {}).setdefault(network, {}).setdefault(settings["seed"], about)
+        first = runs.setdefault(shared, {}).setdefault(network, {}).setdefault(settings["seed"], about)
+        top1, other = about["rows"][-1]["top1"], first["rows"][-1]["top1"]
+        if top1 != other:
+            left_out.append(f"- {path.parent}: top-1 {float(top1):.2f}%, where a run of the same settings above has {float(other):.2f}%")
     for shared, networks in runs.items():
         by_size = sorted(networks.items(), key=lambda item: next(iter(item[1].values()))["parameters"])
         print_table(dict(shared), {label(dict(network)): seeds for network, seeds in by_size})
-    if unfinished:
-        print("\nNot finished, and in no table:\n\n" + "\n".join(unfinished))
-    if not runs and not unfinished:
+    if left_out:
+        print("\nIn no table:\n\n" + "\n".join(left_out))
+    if not runs and not left_out:
         fail(f"no run (a folder with config.json and metrics.csv) under {' '.join(folders)}; train first")
 
 
@@ -477,22 +472,24 @@ def print_table(shared, networks):
         run = next(iter(seeds.values()))
         speed = statistics.median(float(row["images_per_second"]) for run in seeds.values() for row in run["rows"])
         print(f"| {name} | {run['parameters']:,} | {len(seeds)} | {mean_and(top1[name].values(), statistics.stdev)} "
-              f"| {difference(top1, name, 'resnet')} | {difference(top1, name, 'senet r=32')} | {paper.get(name, '-')} | {speed:,.0f} |")
+              f"| {difference(top1, name, 'resnet')} | {difference(top1, name, 'senet r=32')} | {format(paper[name], '.2f') if name in paper else '-'} | {speed:,.0f} |")
     machines = sorted({f"{run['device']}, torch {run['torch']}" for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: last epoch, mean ± standard deviation over seeds; differences: paired by seed, mean ± standard error. "
           f"{'; '.join(machines)}.\n\n```bash")
     for seeds in networks.values():
         settings = next(iter(seeds.values()))["settings"]
         print(f"for seed in {' '.join(map(str, sorted(seeds)))}; do {command(settings)} --seed $seed; done")
-    print("```\n\n```mermaid\nxychart-beta")
-    print(f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"')
-    print(f'    x-axis "epoch" 1 --> {shared["epochs"]}\n    y-axis "top-1 (%)"')
     curves = {name: [statistics.fmean(column) for column in zip(*([float(row["top1"]) for row in run["rows"]]
                                                                  for run in seeds.values()))]
               for name, seeds in networks.items()}
+    epochs = list(range(1, shared["epochs"] + 1))
+    palette = json.dumps({"themeVariables": {"xyChart": {"plotColorPalette": ",".join(COLOURS.values())}}})
+    print(f"```\n\n```mermaid\n%%{{init: {palette}}}%%\nxychart-beta")
+    print(f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"')
+    print(f'    x-axis "epoch" {epochs if len(epochs) < 25 else f"1 --> {len(epochs)}"}\n    y-axis "top-1 (%)"')
     for curve in curves.values():
         print(f"    line [{', '.join(f'{value:.2f}' for value in curve)}]")
-    print(f"```\n\nLines in the order of the table: {'; '.join(curves)}.")
+    print(f"```\n\nLines: {'; '.join(f'{name} {colour}' for name, colour in zip(curves, COLOURS))}.")
 
 
 def mean_and(values, spread):
