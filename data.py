@@ -11,7 +11,7 @@ shuffled, cropped, flipped and normalised there.  Folders of JPEGs are decoded b
 their EXIF orientation says, and made RGB (grayscale and CMYK, too); content, not name, decides the format.
 
 One promise carries exact resume and equality between one process and many: a global batch is a pure function
-of (seed, epoch, step).  So all randomness is drawn on the CPU, by numpy, from [seed, epoch]: the order of the
+of (seed, epoch, step).  So all randomness is drawn on the CPU, from seeds made of (seed, epoch): the order of the
 epoch, and the crop and flip of every image in it.  Of each batch, every process takes its slice.
 
 The paper does not say how it augments.  We use what is usual: CIFAR and shapes are padded by 4 zeros a side,
@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms import v2
@@ -109,15 +109,13 @@ class InMemory:
 
     def _crop(self, index, draws):
         flip, top, left, row, column = draws[:, index]                  # each (B,)
-        images = self.windows[flip, index, :, top, left]                # one gather for the whole batch -> (B, 3, H, W)
-        if self.erase:
-            down, right = (torch.arange(size, device=self.device) for size in images.shape[2:])
-            hole = self._hole(down - row[:, None])[:, :, None] & self._hole(right - column[:, None])[:, None]   # (B, H, W)
+        images = self.windows[flip, index, :, top, left]                # one gather; separated indices put B first: (B, 3, H, W)
+        if self.erase:          # the square has its middle at (row, column), and may hang over the edge
+            y, x = (torch.arange(size, device=self.device) - middle[:, None] + self.erase // 2      # (B, H) and (B, W)
+                    for size, middle in zip(images.shape[2:], (row, column)))
+            hole = ((0 <= y) & (y < self.erase))[:, :, None] & ((0 <= x) & (x < self.erase))[:, None]
             images = images.masked_fill(hole[:, None], 128)
         return images
-
-    def _hole(self, offset):
-        return (offset >= -(self.erase // 2)) & (offset < (self.erase + 1) // 2)
 
     def _send(self, array):
         tensor = torch.from_numpy(np.asarray(array))
@@ -150,7 +148,24 @@ class Normalise:
 
 # -------------------------------------------------------------------------------------------------- Shapes
 
-SHAPES = ("bar", "cross", "disc", "frame", "half disc", "ring", "square", "star", "triangle", "two discs")
+
+def box(u, v, width, height):
+    return np.maximum(abs(u) - width, abs(v) - height)
+
+
+# About the signed distance from the points (u, v) to the outline of a figure of radius 1; negative inside.
+SHAPES = {
+    "bar": lambda u, v: box(u, v, 1, 0.3),
+    "cross": lambda u, v: np.minimum(box(u, v, 1, 0.3), box(u, v, 0.3, 1)),
+    "disc": lambda u, v: np.hypot(u, v) - 0.9,
+    "frame": lambda u, v: abs(box(u, v, 0, 0) - 0.65) - 0.15,
+    "half disc": lambda u, v: np.maximum(np.hypot(u, v) - 1, -v),
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.8) - 0.2,
+    "square": lambda u, v: box(u, v, 0.75, 0.75),
+    "star": lambda u, v: np.hypot(u, v) - 0.4 - 0.6 * abs((np.arctan2(v, u) * 5 / math.pi) % 2 - 1),      # five tips
+    "triangle": lambda u, v: np.max([u * math.cos(a) + v * math.sin(a) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)], 0) - 0.5,
+    "two discs": lambda u, v: np.hypot(abs(u) - 0.6, v) - 0.4,
+}
 
 
 def draw_shapes(count, seed, size=32):
@@ -173,39 +188,14 @@ def draw_shapes(count, seed, size=32):
     u = (x * np.cos(angle) + y * np.sin(angle)) / radius                    # the figure's own axes, its radius 1
     v = (y * np.cos(angle) - x * np.sin(angle)) / radius
     outside = np.empty_like(u)                                              # > 0 outside the figure, < 0 inside
-    for label, name in enumerate(SHAPES):
+    for label, distance in enumerate(SHAPES.values()):
         mine = labels == label
-        outside[mine] = distance(name, u[mine], v[mine])
+        outside[mine] = distance(u[mine], v[mine])
     images = (fore - back) * np.clip(0.5 - outside * radius, 0, 1)[:, None]         # by the share of the pixel covered
     images += back
     images += 0.03 * rng.standard_normal(images.shape, dtype=np.float32)
     images = np.rint(255 * images.clip(0, 1, out=images), out=images)
     return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
-
-
-def distance(name, u, v):
-    """About the signed distance from (u, v) to the outline of a figure of radius 1; negative inside."""
-    box = np.maximum(abs(u), abs(v))
-    if name == "square":
-        return box - 0.75
-    if name == "frame":
-        return abs(box - 0.65) - 0.15
-    if name == "triangle":
-        return np.max([u * math.cos(a) + v * math.sin(a) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)], axis=0) - 0.5
-    if name == "two discs":
-        return np.hypot(abs(u) - 0.6, v) - 0.4
-    if name in ("bar", "cross"):
-        bar, other = np.maximum(abs(u) - 1, abs(v) - 0.3), np.maximum(abs(v) - 1, abs(u) - 0.3)
-        return bar if name == "bar" else np.minimum(bar, other)
-    r = np.hypot(u, v)
-    if name == "disc":
-        return r - 0.9
-    if name == "half disc":
-        return np.maximum(r - 1, -v)
-    if name == "ring":
-        return abs(r - 0.8) - 0.2
-    notch = abs((np.arctan2(v, u) * 5 / math.pi) % 2 - 1)       # a star: 1 at the angle of a tip, 0 at that of a notch
-    return r - 0.4 - 0.6 * notch
 
 
 # --------------------------------------------------------------------------------------------------- CIFAR
@@ -216,16 +206,14 @@ def read_cifar(dataset, root):
 
     Raises ValueError where a file is damaged, FileNotFoundError where one is missing and cannot be downloaded.
     """
-    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
+    source = getattr(datasets, dataset.upper())
     folder = Path(root, source.base_folder)
-    files = source.train_list + source.test_list + [(source.meta["filename"], source.meta["md5"])]
-    for name, md5 in files:
+    for name, md5 in [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]:
         if (folder / name).exists() and not check_integrity(folder / name, md5):
             raise ValueError(f"{folder / name} is truncated or altered (its md5 is not {md5}); "
                              f"delete {folder} and run again to download it anew")
     try:
-        train = source(root, train=True, download=not all((folder / name).exists() for name, _ in files))
-        test = source(root, train=False)
+        train, test = source(root, train=True, download=True), source(root, train=False)    # what is there is not fetched
     except (RuntimeError, OSError) as error:        # URLError is an OSError
         raise FileNotFoundError(f"{dataset} is not in {folder} and cannot be downloaded ({error}); put its original "
                                 "files there, or pass --dataset shapes (make: DATASET=shapes), which needs none") from None
@@ -255,9 +243,9 @@ def centre(size):
 
 
 class ImageFiles(Dataset):
-    """One split of a folder of images: (epoch, index) -> uint8 (3, S, S) and label.
+    """One split of a folder of images: (epoch, indices) -> a batch, uint8 (B, 3, S, S) and labels (B,); B may be 0.
 
-    In training, S is cut at random from the image by a generator seeded with (seed, epoch, index), whichever
+    In training, S is cut at random from each image by a generator seeded with (seed, epoch, index), whichever
     process does it.  With epoch None the image is resized to 8/7 S and its centre cut out.
     Paths are kept as one numpy array: a list of a million strings would be copied into every worker.
     """
@@ -272,30 +260,25 @@ class ImageFiles(Dataset):
             raise FileNotFoundError(f"{folder}: {error}") from None
         self.classes, self.seed, self.size = found.classes, seed, size
         self.paths = np.array([os.fsencode(path) for path, _ in found.samples])
-        self.labels = np.array([label for _, label in found.samples])
+        self.labels = np.array(found.targets)
         self.augmented = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
         self.plain = centre(size)
-
-    def collate(self, items):
-        """A batch; an empty one for a process that has no share of the last test images."""
-        if items:
-            return default_collate(items)
-        return [torch.empty(0, 3, self.size, self.size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)]
 
     def keep(self, index):
         self.paths, self.labels = self.paths[index], self.labels[index]
 
-    def __len__(self):
-        return len(self.paths)
-
     def __getitem__(self, key):
         epoch, index = key
-        image = read_image(os.fsdecode(self.paths[index]))
-        if epoch is None:
-            return self.plain(image), self.labels[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(mix(self.seed, epoch, index))
-            return self.augmented(image), self.labels[index]
+        images = torch.empty(len(index), 3, self.size, self.size, dtype=torch.uint8)
+        for place, i in zip(images, index):
+            image = read_image(os.fsdecode(self.paths[i]))
+            if epoch is None:
+                place.copy_(self.plain(image))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.random.default_generator.manual_seed(mix(self.seed, epoch, i))
+                place.copy_(self.augmented(image))
+        return images, torch.from_numpy(self.labels[index])
 
 
 class Folder:
@@ -311,28 +294,27 @@ class Folder:
             raise ValueError(f"train/ and val/ under {root} hold different classes; only in one of them: {', '.join(odd[:5])}")
         if images_per_class:
             self.train.keep(first_of_each_class(self.train, images_per_class, seed))
-        self.train.keep(subset(len(self.train), train_images, seed))
-        self.train_size, self.test_size = len(self.train), len(self.test)
+        self.train.keep(subset(len(self.train.labels), train_images, seed))
+        self.train_labels = torch.from_numpy(self.train.labels)
+        self.train_size, self.test_size = len(self.train.labels), len(self.test.labels)
         self.steps = self.train_size // batch_size
         self.normalise = Normalise(STATISTICS["imagenet"], device)      # of any photographs, near enough
 
     def train_batches(self, epoch, first_step=0):
         order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.train_size)
         when = epoch if self.augment else None
-        return self._load(self.train, ([(when, i) for i in order[share(step, self.batch_size, self.rank, self.world)]]
+        return self._load(self.train, ((when, order[share(step, self.batch_size, self.rank, self.world)])
                                        for step in range(first_step, self.steps)))
 
     def test_batches(self):
-        return self._load(self.test, ([(None, i) for i in range(start + self.rank,
-                                                                min(start + self.batch_size, self.test_size), self.world)]
+        return self._load(self.test, ((None, np.arange(self.test_size)[start:start + self.batch_size][self.rank::self.world])
                                       for start in range(0, self.test_size, self.batch_size)))
 
     def view(self, index, epoch=None):
-        return torch.stack([self.train[epoch, i][0] for i in index])
+        return self.train[epoch, index][0]
 
-    def _load(self, files, batches):
-        loader = DataLoader(files, batch_sampler=batches, num_workers=self.workers, collate_fn=files.collate,
-                            pin_memory=self.device.type == "cuda")
+    def _load(self, files, keys):
+        loader = DataLoader(files, batch_size=None, sampler=keys, num_workers=self.workers, pin_memory=self.device.type == "cuda")
         try:
             for images, labels in self._ahead(loader):
                 yield self.normalise(images), labels
@@ -357,20 +339,17 @@ class Folder:
         if ready:
             yield ready
 
-    @property
-    def train_labels(self):
-        return torch.from_numpy(self.train.labels)
-
 
 def first_of_each_class(files, count, seed):
     """Indices of `count` images a class, those with the lowest hash of seed and file name: alike on every machine."""
-    key = [hashlib.md5(b"%d/" % seed + os.path.basename(path)).digest() for path in files.paths.tolist()]
-    order = sorted(range(len(files)), key=lambda i: (files.labels[i], key[i]))
-    rank_in_class = np.arange(len(files)) - np.searchsorted(files.labels, files.labels[order])
-    return np.sort(np.array(order)[rank_in_class < count])
+    def key(i):
+        return hashlib.md5(b"%d/" % seed + os.path.basename(files.paths[i])).digest()
+
+    kept = [sorted(np.flatnonzero(files.labels == label), key=key)[:count] for label in range(len(files.classes))]
+    return np.sort(np.concatenate(kept))
 
 
-# -------------------------------------------------------------------------------------------- The one door
+# ------------------------------------------------------------------------------------------------ load_data
 
 
 def subset(size, count, seed):
@@ -393,20 +372,18 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
 
     Raises ValueError or FileNotFoundError, in one line that says what to do.
     """
+    if dataset not in DATASETS:
+        raise ValueError(f"unknown data set {dataset!r}; give one of {', '.join(DATASETS)}")
     common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank, world=world)
     if dataset in FOLDERS:
         data = Folder(root, image_size, images_per_class, train_images, workers, **common)
-    elif dataset in DATASETS:
+    else:
         if dataset == "shapes":
             train, test, classes = draw_shapes(8000, seed=1), draw_shapes(1000, seed=2), list(SHAPES)
         else:
             train, test, classes = read_cifar(dataset, root)
         index = subset(len(train[1]), train_images, seed)
         data = InMemory((train[0][index], train[1][index]), test, classes, STATISTICS[dataset], erase, **common)
-    else:
-        raise ValueError(f"unknown data set {dataset!r}; give one of {', '.join(DATASETS)}")
-    if data.steps < 1:
-        raise ValueError(f"the batch size {batch_size} exceeds the {data.train_size} training images")
     return data
 
 
@@ -415,14 +392,9 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
 
 def contact_sheet(data, columns=5, rows=100):
     """uint8 (3, H, W): a row a class (the first `rows`), each of `columns` images before and after augmentation."""
-    pictures = []
     labels = data.train_labels.cpu().numpy()
-    for label in range(min(rows, len(data.classes))):
-        index = np.flatnonzero(labels == label)[:columns]
-        pairs = torch.stack([data.view(index), data.view(index, epoch=0)], 1).flatten(0, 1).cpu()
-        missing = 2 * (columns - len(index))
-        pictures.append(torch.cat([pairs, pairs.new_full((missing, *pairs.shape[1:]), 255)]))
-    pictures = torch.cat(pictures)
+    index = np.concatenate([np.resize(np.flatnonzero(labels == label), columns) for label in range(len(data.classes))[:rows]])
+    pictures = torch.stack([data.view(index), data.view(index, epoch=0)], 1).flatten(0, 1).cpu()
     if pictures.shape[-1] < 64:                 # small images twice as large, each pixel a square
         pictures = F.interpolate(pictures, scale_factor=2, mode="nearest")
     return make_grid(pictures, nrow=2 * columns, padding=4, pad_value=255)
@@ -456,7 +428,8 @@ def main():
     try:
         if args.benchmark:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            return print_benchmark(load_data(args.dataset, args.data_dir, device=device, image_size=args.image_size))
+            return print_benchmark(load_data(args.dataset, args.data_dir, device=device, image_size=args.image_size,
+                                             workers=min(8, os.cpu_count())))
         data = load_data(args.dataset, args.data_dir, batch_size=1, image_size=args.image_size)
         out = Path(args.out or f"runs/{args.dataset}.png")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ import argparse
 import difflib
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -63,9 +64,8 @@ class SqueezeExcitation(nn.Module):
     def scale(self, x):
         """The factor alone, (B, C, 1, 1): s in (0, 1), or 1 + s in (1, 2) with residual=True.
 
-        The permutation moves no data: in channels_last memory it makes C the last dimension, as it lies, and
-        the gate and the addition ran 1.2 to 1.3 times as fast, forward and backward, as with x.mean((2, 3)) (two
-        x86-64 cores, torch 2.14.1, the Makefile's allocator settings, each stage of ResNet-50 at 224 pixels, medians).
+        The permutation moves no data.  In channels_last memory it makes C the last dimension, as it lies: gate and
+        addition ran 1.2 to 1.3 times as fast as with x.mean((2, 3)) (ResNet-50's stages at 224 pixels, two x86-64 cores).
         """
         z = x.permute(0, 2, 3, 1).mean((1, 2))                  # squeeze (B, C, H, W) -> (B, C)
         u = F.relu(self.reduce(z))                              # all K branches at once -> (B, K*C/r)
@@ -172,29 +172,35 @@ def read_checkpoint(path):
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint {path}; train first, or give the path of a run's last.pt")
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file, suppress(Exception):     # whatever a damaged or hostile file makes of the reader
+        saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved.keys() >= {"network", "model", "classes", "settings"}:
             return saved
-    except PermissionError:
-        raise
-    except Exception:       # whatever a damaged or hostile file makes of the reader
-        pass
-    raise ValueError(f"{path} is damaged or no checkpoint of train.py; remove it, or pass --restart to train anew")
+    raise ValueError(f"{path} is damaged or no checkpoint of train.py; give another, or pass --restart to train anew")
+
+
+def fill(model, saved):
+    """Load the weights of a checkpoint.  Raises ValueError where the network is not the one that was saved."""
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint does not fit the network that this code builds ({str(error).splitlines()[1].strip()}); "
+                         "undo what was edited since, or train anew with --restart or another --out") from None
 
 
 def load(path):
-    """The network of a checkpoint of train.py, on the CPU, in eval mode, with its class names as .classes."""
+    """The network of a checkpoint of train.py, on the CPU, in eval mode, with its class names as .classes, and .settings."""
     saved = read_checkpoint(path)
     model = build_model(**saved["network"])
-    model.load_state_dict(saved["model"])
-    model.classes = saved["classes"]
+    fill(model, saved)
+    model.classes, model.settings = saved["classes"], saved["settings"]
     return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------- Table
 
-ROWS = (("resnet", {}), ("senet", dict(r=32)), ("senetv2", dict(r=32, K=4)), ("senet", dict(r=8)))
+ROWS = {"resnet": {}, "senet r=32": dict(reduction=32), "senetv2 r=32 K=4": dict(reduction=32, cardinality=4),
+        "senet r=8": dict(reduction=8)}
 PAPER = {   # layers -> title, classes, and what each row adds to the plain net in the paper's tables
     (3, 4, 6, 3): ("ResNet-50, 100 classes", 100, (None, "1.28 M", "5.05 M", None)),
     (1, 1, 1, 1): ("the small net (layers 1,1,1,1), 10 classes", 10, (None, "0.35 M", "1.40 M", None)),
@@ -214,12 +220,11 @@ def print_table(image_size, stem):
         print(f"\n{title}, {image_size}x{image_size} pixels, {stem} stem")
         print(f"{'network':<22}{'parameters':>12}{'added':>20}{'in the paper':>14}{'multiply-adds':>16}{'added':>8}")
         plain = None
-        for (name, settings), claim in zip(ROWS, paper):
+        for (label, settings), claim in zip(ROWS.items(), paper):
             with torch.device("meta"):      # shapes without storage: nothing is initialised or computed
-                model = build_model(name, classes, layers, stem, settings.get("r", 32), settings.get("K", 4))
+                model = build_model(label.split()[0], classes, layers, stem, **settings)
             count, work = sum(p.numel() for p in model.parameters()), multiply_adds(model, image_size)
             plain = plain or (count, work)
-            label = f"{name} " + " ".join(f"{key}={value}" for key, value in settings.items())
             print(f"{label:<22}{count:>12,}{count - plain[0]:>11,} {count / plain[0] - 1:>+8.1%}"
                   f"{claim or '-':>14}{work:>16,}{work / plain[1] - 1:>+8.1%}")
 
@@ -260,15 +265,15 @@ def interleaved(functions, seconds, device, repeats=1):
     return torch.tensor(rounds, dtype=torch.float64)
 
 
-def print_benchmark(layers, stem, image_size, batch_size, compiled, seconds):
+def print_benchmark(args):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     steps, flops, memory = [], [], []
     for name in OURS:
         before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-        net = build_model(name, 10, layers, stem).to(device, memory_format=torch.channels_last)
-        step = training_step(net, batch_size, image_size, device)
+        net = build_model(name, 10, tuple(map(int, args.layers.split(","))), args.stem)
+        step = training_step(net.to(device, memory_format=torch.channels_last), args.batch_size, args.image_size, device)
         with FlopCounterMode(display=False) as counter:
             step()
         flops.append(counter.get_total_flops())
@@ -276,21 +281,20 @@ def print_benchmark(layers, stem, image_size, batch_size, compiled, seconds):
             torch.cuda.reset_peak_memory_stats()
             step()
             memory.append(f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f} MiB")
-        steps.append(training_step(torch.compile(net), batch_size, image_size, device) if compiled else step)
-    times = interleaved(steps, seconds, device, repeats=10 if device.type == "cuda" else 1)
+        steps.append(training_step(torch.compile(net), args.batch_size, args.image_size, device) if args.compile else step)
+    times = interleaved(steps, args.seconds, device, repeats=10 if device.type == "cuda" else 1)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"training steps of {batch_size} images, {image_size}x{image_size}, {stem} stem, layers {','.join(map(str, layers))}"
-          f"{', compiled' * compiled}; {where}, torch {torch.__version__}; median [quartiles] of {len(times)} rounds")
+    print(f"training steps of {args.batch_size} images, {args.image_size}x{args.image_size}, {args.stem} stem, "
+          f"layers {args.layers}{', compiled' * args.compile}; {where}, torch {torch.__version__}; "
+          f"median [quartiles] of {len(times)} rounds")
     print(f"{'network':<10}{'images/s':>22}{'TFLOP/s':>10}{'of resnet':>22}{'peak memory':>14}")
-    for column, name in enumerate(OURS):
-        speed = batch_size / times[:, column]
-        ratio = times[:, 0] / times[:, column]
-        print(f"{name:<10}{spread(speed, ',.0f'):>22}{flops[column] / times[:, column].median() / 1e12:>10.2f}"
-              f"{spread(ratio, '.3f'):>22}{memory[column] if memory else '-':>14}")
+    for name, seconds, work, peak in zip(OURS, times.T, flops, memory or 3 * "-"):
+        print(f"{name:<10}{spread(args.batch_size / seconds, ',.0f'):>22}{work / seconds.median() / 1e12:>10.2f}"
+              f"{spread(times[:, 0] / seconds, '.3f'):>22}{peak:>14}")
     if not memory:
         import resource     # not on Windows
-        print(f"peak memory of the process, all three networks in it: "
-              f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:,.0f} MiB")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        print(f"peak memory of the process, all three networks in it: {peak:,.0f} MiB")
 
 
 def spread(values, style):
@@ -311,8 +315,7 @@ def main():
     args = parser.parse_args()
     try:
         if args.benchmark:
-            layers = tuple(map(int, args.layers.split(",")))
-            print_benchmark(layers, args.stem, args.image_size, args.batch_size, args.compile, args.seconds)
+            print_benchmark(args)
         else:
             print_table(args.image_size, args.stem)
     except (ValueError, RuntimeError) as error:     # a size that fits no network

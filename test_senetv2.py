@@ -44,13 +44,15 @@ pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding:DeprecationW
               pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")]        # of the hostile checkpoint
 
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     """Every test draws the same numbers, and leaves the signals as they were."""
     torch.manual_seed(0)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    for number, handler in before.items():
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 
@@ -111,23 +113,15 @@ def test_the_gate_equals_torchvisions_squeeze_excitation():
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_a_zeroed_gate_halves_its_input():
-    block = SqueezeExcitation(channels=32, reduction=8)
-    for p in block.parameters():
+@pytest.mark.parametrize("kind", [SqueezeExcitation, AggregatedSqueezeExcitation])
+@pytest.mark.parametrize("residual, factor", [(False, 0.5), (True, 1.5)])
+def test_a_gate_whose_last_layer_is_zero_scales_by_a_half(kind, residual, factor):
+    block, x = kind(64, 8, residual=residual), torch.randn(2, 64, 5, 5)
+    for p in block.expand.parameters():
         nn.init.zeros_(p)
-    x = torch.randn(2, 32, 5, 5)
-    torch.testing.assert_close(block(x), 0.5 * x)       # sigmoid(0) = 1/2
-
-
-def test_a_gate_whose_last_layer_is_zero_scales_by_a_half():
-    x = torch.randn(2, 64, 5, 5)
-    for residual, factor in ((False, 0.5), (True, 1.5)):
-        block = AggregatedSqueezeExcitation(64, 8, residual=residual)
-        for p in block.expand.parameters():
-            nn.init.zeros_(p)
-        torch.testing.assert_close(block(x), factor * x)
-        block(x).square().sum().backward()
-        assert block.expand.weight.grad.abs().max() > 0 == block.reduce.weight.grad.abs().max()
+    torch.testing.assert_close(block(x), factor * x)
+    block(x).square().sum().backward()
+    assert block.expand.weight.grad.abs().max() > 0 == block.reduce.weight.grad.abs().max()
 
 
 def test_an_undecided_gate_is_a_half_and_a_softmax_would_nearly_close_it():
@@ -256,38 +250,34 @@ def test_multiply_adds_are_those_worked_out_by_hand():
     assert senetv2.multiply_adds(net, 32) == work + 2048 * 10
 
 
-def train_steps(net, steps=4):
-    """Weights and losses after a few steps of Adam on fixed random batches."""
-    generator = torch.Generator().manual_seed(5)
+def train_steps(net, batches):
+    """The losses of steps of Adam, one a batch."""
     optimizer, losses = torch.optim.Adam(net.parameters(), 1e-3), []
-    for _ in range(steps):
-        x, y = torch.randn(8, 3, 32, 32, generator=generator), torch.randint(10, (8,), generator=generator)
+    for x, y in batches:
         loss = F.cross_entropy(net(x), y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses, net.state_dict()
+    return losses
+
+
+def from_one_seed(name, **options):
+    torch.manual_seed(3)
+    return build_model(name, 10, SMALL, **options)
 
 
 def test_senetv2_is_senet_with_a_quarter_of_the_reduction_bit_for_bit_through_training():
-    nets = []
-    for name, reduction in (("senetv2", 32), ("senet", 8)):
-        torch.manual_seed(3)
-        nets.append(train_steps(build_model(name, 10, SMALL, reduction=reduction, cardinality=4)))
-    (losses, weights), (other_losses, other_weights) = nets
-    assert losses == other_losses and weights.keys() == other_weights.keys()
-    assert all(torch.equal(weights[key], other_weights[key]) for key in weights)
+    batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(4)]
+    nets = [from_one_seed("senetv2", reduction=32, cardinality=4), from_one_seed("senet", reduction=8)]
+    losses, other_losses = (train_steps(net, batches) for net in nets)
+    assert losses == other_losses
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict(), rtol=0, atol=0)
 
 
 def test_all_variants_start_from_the_same_trunk():
-    trunks = []
-    for name in OURS:
-        torch.manual_seed(3)
-        trunks.append({k: v for k, v in build_model(name, 10, SMALL).state_dict().items() if "gate" not in k})
-    for trunk in trunks[1:]:
-        assert trunk.keys() == trunks[0].keys()
-        assert all(torch.equal(trunk[key], trunks[0][key]) for key in trunk)
+    trunks = [{k: v for k, v in from_one_seed(name).state_dict().items() if "gate" not in k} for name in OURS]
+    torch.testing.assert_close(trunks[1:], [trunks[0]] * 2, rtol=0, atol=0)
 
 
 def test_torchvisions_resnet50_weights_load_with_only_the_gates_missing():
@@ -314,11 +304,7 @@ def test_the_bottleneck_gates_the_last_norm_before_the_addition():
 def test_a_single_batch_is_learnt_by_heart(name):
     images, labels = data.draw_shapes(20, seed=3)
     x, net = images.float() / 127.5 - 1, build_model(name, 10, SMALL)
-    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        F.cross_entropy(net(x), labels).backward()
-        optimizer.step()
+    train_steps(net, [(x, labels)] * 40)
     with torch.no_grad():
         assert (net(x).argmax(1) == labels).all()
 
@@ -453,41 +439,34 @@ def test_a_linear_classifier_on_the_pixels_fails_on_shapes():
 
 
 def write_cifar(root, dataset, monkeypatch, images=6):
-    """Files in the original format, with random pixels; torchvision is told their md5.  Returns pixels and labels."""
-    source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+    """Files in the original format, with random pixels; torchvision is told their md5.  Returns (pixels, labels) twice."""
+    source, written = getattr(torchvision.datasets, dataset.upper()), []
     key, classes = ("labels", 10) if dataset == "cifar10" else ("fine_labels", 100)
-    rng, folder, written = np.random.default_rng(0), Path(root, source.base_folder), {}
+    rng, folder = np.random.default_rng(0), Path(root, source.base_folder)
     folder.mkdir(parents=True)
 
     def put(name, content):
-        blob = pickle.dumps(content)
-        (folder / name).write_bytes(blob)
-        return hashlib.md5(blob).hexdigest()
+        (folder / name).write_bytes(blob := pickle.dumps(content))
+        return [name, hashlib.md5(blob).hexdigest()]
 
     for part in ("train_list", "test_list"):
-        lines = []
-        for name, _ in getattr(source, part):
-            pixels = rng.integers(0, 256, (images, 3 * 32 * 32), dtype=np.uint8)        # a row: red, green, blue planes
-            labels = rng.integers(0, classes, images).tolist()
-            lines.append([name, put(name, {"data": pixels, key: labels})])
-            written.setdefault(part, []).append((pixels.reshape(-1, 3, 32, 32), labels))
-        monkeypatch.setattr(source, part, lines)
-    names = [f"class {i}" for i in range(classes)]
-    meta = source.meta | {"md5": put(source.meta["filename"], {source.meta["key"]: names})}
-    monkeypatch.setattr(source, "meta", meta)
-    return {part: (np.concatenate([p for p, _ in blocks]), sum((l for _, l in blocks), [])) for part, blocks in written.items()}
+        blocks = [{"data": rng.integers(0, 256, (images, 3 * 32 * 32), dtype=np.uint8),         # a row: red, green, blue planes
+                   key: rng.integers(0, classes, images).tolist()} for _ in getattr(source, part)]
+        monkeypatch.setattr(source, part, [put(name, block) for (name, _), block in zip(getattr(source, part), blocks)])
+        written.append((np.concatenate([block["data"] for block in blocks]).reshape(-1, 3, 32, 32),
+                        [label for block in blocks for label in block[key]]))
+    _, md5 = put(source.meta["filename"], {source.meta["key"]: [f"class {i}" for i in range(classes)]})
+    monkeypatch.setattr(source, "meta", source.meta | {"md5": md5})
+    return written
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_cifar_is_read_from_files_in_the_original_format(dataset, tmp_path, monkeypatch):
-    written = write_cifar(tmp_path, dataset, monkeypatch)
+@pytest.mark.parametrize("dataset, classes", [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_is_read_from_files_in_the_original_format(dataset, classes, tmp_path, monkeypatch):
+    (images, labels), (test_images, test_labels) = write_cifar(tmp_path, dataset, monkeypatch)
     source = data.load_data(dataset, tmp_path, batch_size=2)
-    count = source.train_size
-    assert np.array_equal(source.view(np.arange(count)).numpy(), written["train_list"][0])
-    assert source.train_labels.tolist() == written["train_list"][1]
-    assert np.array_equal(source.test_images.numpy(), written["test_list"][0])
-    assert source.test_labels.tolist() == written["test_list"][1]
-    assert source.classes[3] == "class 3" and len(source.classes) == (10 if dataset == "cifar10" else 100)
+    assert np.array_equal(source.view(np.arange(len(images))).numpy(), images) and source.train_labels.tolist() == labels
+    assert np.array_equal(source.test_images.numpy(), test_images) and source.test_labels.tolist() == test_labels
+    assert source.train_size == len(images) and source.classes[3] == "class 3" and len(source.classes) == classes
 
 
 def test_a_damaged_cifar_file_is_named(tmp_path, monkeypatch):
@@ -498,9 +477,11 @@ def test_a_damaged_cifar_file_is_named(tmp_path, monkeypatch):
         data.load_data("cifar10", tmp_path)
 
 
+def no_network(*args, **kwargs):
+    raise URLError("no network")
+
+
 def test_without_cifar_and_network_the_way_out_is_named(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise URLError("no network")
     monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
     with pytest.raises(FileNotFoundError, match="cifar-10-batches-py.*DATASET=shapes"):
         data.load_data("cifar10", tmp_path)
@@ -557,12 +538,6 @@ def test_processes_without_a_share_of_the_last_test_images_get_an_empty_batch(fo
     assert shares[1][1][0].shape == (0, 3, 32, 32) and net(shares[1][1][0]).shape == (0, 3)
 
 
-def test_images_of_more_than_8_bits_are_refused(tmp_path):
-    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match="deep.png holds .* 8 bits"):
-        data.read_image(tmp_path / "deep.png")
-
-
 def test_a_cut_folder_keeps_the_lowest_hashes_of_every_class(folder):
     kept = {os.path.basename(os.fsdecode(path)) for path in load_folder(folder, images_per_class=5).train.paths}
     oracle = {name for label in ("cat", "dog", "owl") for name in
@@ -587,17 +562,22 @@ def test_the_oddities_of_the_real_imagenet_are_read_as_pillow_reads_them(tmp_pat
             assert crop(ours).shape == (3, 64, 64)
 
 
-def test_a_folder_run_killed_in_the_middle_of_an_epoch_ends_as_if_it_had_not(folder, tmp_path, monkeypatch):
+def test_a_folder_run_stopped_in_the_middle_of_an_epoch_ends_as_if_it_had_not(folder, tmp_path, monkeypatch):
     flags = ["--dataset", "folder", "--data-dir", str(folder), "--layers", "1,1,1,1", "--image-size", "32", "--batch-size", "8",
              "--epochs", "2", "--workers"]
     train.main([*flags, "0", "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr(data.Folder, "train_batches", at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM), data.Folder))
-    with pytest.raises(SystemExit):
-        train.main([*flags, "2", "--out", str(tmp_path / "parts")])
-    monkeypatch.undo()
-    assert senetv2.read_checkpoint(tmp_path / "parts" / "last.pt")["step"] == 3
+    stop_at(3, signal.SIGTERM, [*flags, "2", "--out", str(tmp_path / "parts")], monkeypatch, data.Folder)
     train.main([*flags, "1", "--out", str(tmp_path / "parts")])
     assert same_result(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_evaluation_asks_nothing_of_the_training_images(folder, tmp_path, capsys):
+    flags = ["--dataset", "folder", "--data-dir", str(folder), "--layers", "1,1,1,1", "--image-size", "32", "--epochs", "1"]
+    train.main([*flags, "--batch-size", "8", "--train-images", "16", "--out", str(tmp_path)])
+    for path in [path for kind in (folder / "train").iterdir() for path in sorted(kind.iterdir())[1:]]:
+        path.unlink()       # one a class is left: fewer than a batch, and than --train-images
+    train.main(["--evaluate", "--checkpoint", str(tmp_path / "last.pt"), "--data-dir", str(folder), "--workers", "0"])
+    assert f"{len(list(folder.glob('val/*/*')))} test images of folder: loss" in capsys.readouterr().out
 
 
 def test_an_image_that_does_not_decode_stops_the_run_with_its_path(folder, tmp_path, capsys):
@@ -613,6 +593,7 @@ def test_an_image_that_does_not_decode_stops_the_run_with_its_path(folder, tmp_p
     (lambda root: (root / "val" / "owl").rename(root / "val" / "elk"), "different classes.*elk, owl"),
     (lambda root: [path.unlink() for path in (root / "train" / "dog").iterdir()], "dog"),
     (lambda root: [path.write_bytes(b"no image") for path in (root / "val" / "cat").iterdir()], "cat_0.JPEG is no image"),
+    (lambda root: Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(root / "val/cat/cat_0.JPEG", "PNG"), "holds .* 8 bits"),
 ])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_that_cannot_be_used_is_refused_in_one_line(folder, spoil, said, workers):
@@ -675,12 +656,6 @@ def test_a_run_through_the_command_line(tmp_path):
     assert f"{100 * (logits.argmax(1) == labels).float().mean().item():.2f}" == f"{float(table[1]['top1']):.2f}"
 
 
-def test_a_mistyped_command_ends_in_one_line_without_a_traceback(tmp_path):
-    result = run("--model", "senetv3", cwd=tmp_path)
-    assert result.returncode != 0 and result.stderr.count("\n") == 1 and "senetv3" in result.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("flags, said", [
     (["--dataset", "cifar11"], ("cifar11", "cifar100")),
     (["--model", "senetv3"], ("senetv3", "senetv2")),
@@ -701,6 +676,7 @@ def test_a_mistyped_command_ends_in_one_line_without_a_traceback(tmp_path):
     (["--weight-decay", "-1"], ("--weight-decay", "between 0 and 1")),
     (["--dataset", "imagenet"], ("train/", "--data-dir")),
     (["--evaluate", "--checkpoint", "nowhere.pt"], ("nowhere.pt", "train first")),
+    pytest.param(["--device", "cuda"], ("--device cpu",), marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")),
 ])
 def test_bad_input_is_refused_in_one_line_and_leaves_nothing_behind(flags, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -709,19 +685,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing_behind(flags, said,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device here")
-def test_a_missing_gpu_is_said(capsys):
-    assert "--device cpu" in complaint(capsys, "--device", "cuda")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of two short epochs, done in this process."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     train.main([*QUICK, "--out", str(out)])
-    for number, handler in before.items():
-        signal.signal(number, handler)
     return out
 
 
@@ -754,8 +722,6 @@ def test_weights_of_another_run_are_taken_where_name_and_shape_agree(finished, t
 
 
 def test_weights_that_cannot_be_downloaded_are_said(monkeypatch, capsys):
-    def no_network(*args, **kwargs):
-        raise URLError("no network")
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", no_network)
     assert "resnet50 are not on this disk" in complaint(capsys, *QUICK, "--weights", "imagenet")
 
@@ -774,6 +740,12 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(content, finished, tmp_path,
     for flags in (["--evaluate", "--checkpoint", bad], [*QUICK, "--out", bad.parent]):
         assert "last.pt is damaged" in complaint(capsys, *flags)
     assert not (tmp_path / "hostile").exists()
+
+
+def test_a_checkpoint_of_other_code_is_refused_in_one_line(finished, monkeypatch, capsys):
+    monkeypatch.setitem(senetv2.GATES, "senetv2", lambda channels, **options: SqueezeExcitation(channels, 16))
+    text = complaint(capsys, "--evaluate", "--checkpoint", str(finished / "last.pt"))
+    assert "does not fit" in text and "layer1.0.gate.reduce.weight" in text and "--restart" in text
 
 
 def test_a_checkpoint_of_other_settings_is_refused_with_every_difference(finished, capsys):
@@ -813,15 +785,19 @@ def at_step(number, action, kind=data.InMemory):
     return train_batches
 
 
+def stop_at(step, number, flags, monkeypatch, kind=data.InMemory):
+    """Train until signal `number` comes in global step `step`: it stops within that step, not an epoch later."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(kind, "train_batches", at_step(step, lambda: os.kill(os.getpid(), number), kind))
+        train.main(flags)
+    assert stop.value.code == 128 + number and senetv2.read_checkpoint(Path(flags[-1], "last.pt"))["step"] == step
+
+
 @pytest.mark.parametrize("number, step", [(signal.SIGTERM, 4), (signal.SIGINT, 9), (signal.SIGTERM, 6), (signal.SIGINT, 12)])
 def test_a_run_that_was_told_to_stop_ends_as_if_it_had_not(number, step, finished, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(data.InMemory, "train_batches", at_step(step, lambda: os.kill(os.getpid(), number)))
-        with pytest.raises(SystemExit) as stop:
-            train.main([*QUICK, "--out", str(tmp_path)])
-    assert stop.value.code == 128 + number
-    assert senetv2.read_checkpoint(tmp_path / "last.pt")["step"] == step        # within that step, not an epoch later
-    train.main([*QUICK, "--out", str(tmp_path)])
+    flags = [*QUICK, "--out", str(tmp_path)]
+    stop_at(step, number, flags, monkeypatch)
+    train.main(flags)
     assert same_result(tmp_path, finished)
 
 
@@ -843,15 +819,15 @@ def test_a_signal_during_evaluation_stops_there_and_the_epoch_is_judged_once(fin
 
 
 DRIVER = """
-import os, signal, sys
-sys.path[:0] = [{here!r}]
+import os, sys
+sys.path.insert(0, {here!r})
 import data, train, test_senetv2
-if os.environ.get("RANK", "0") == {rank!r}:
+rank = os.environ.get("RANK", "0")
+if rank == {rank!r}:
     data.InMemory.train_batches = test_senetv2.at_step({step}, lambda: os.kill(os.getpid(), {number}))
-inner = train.train
-def spy(args, settings, data, net, *rest):
+def spy(args, settings, data, net, *rest, inner=train.train):
     history = inner(args, settings, data, net, *rest)
-    train.torch.save(net.state_dict(), os.path.join(args.out, "rank" + os.environ.get("RANK", "0")))
+    train.torch.save(net.state_dict(), os.path.join(args.out, "rank" + rank))
     return history
 train.train = spy
 train.main(sys.argv[1:])
@@ -911,10 +887,7 @@ def test_restart_begins_anew(finished, tmp_path):
 def test_dropout_is_a_function_of_the_step(tmp_path, monkeypatch):
     flags = ["--model", "mobilenet_v2", "--train-images", "64", "--batch-size", "16", "--epochs", "2", "--out"]
     train.main([*flags, str(tmp_path / "whole")])
-    monkeypatch.setattr(data.InMemory, "train_batches", at_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    with pytest.raises(SystemExit):
-        train.main([*flags, str(tmp_path / "parts")])
-    monkeypatch.undo()
+    stop_at(3, signal.SIGTERM, [*flags, str(tmp_path / "parts")], monkeypatch)
     train.main([*flags, str(tmp_path / "parts")])
     assert same_result(tmp_path / "parts", tmp_path / "whole")
 
@@ -934,7 +907,7 @@ def in_two(tmp_path_factory):
 def test_two_processes_end_with_the_same_weights_and_metrics_of_a_single_process(in_two):
     out, printed = in_two
     ranks = [torch.load(out / f"rank{rank}", weights_only=True) for rank in (0, 1)]
-    assert ranks[0].keys() == ranks[1].keys() and all(torch.equal(ranks[0][key], ranks[1][key]) for key in ranks[0])
+    torch.testing.assert_close(ranks[0], ranks[1], rtol=0, atol=0)
     assert printed.count("done: top-1") == 1
     alone = train.evaluate(senetv2.load(out / "last.pt"), data.load_data("shapes", batch_size=32))
     last = rows(out)[-1]
@@ -942,10 +915,9 @@ def test_two_processes_end_with_the_same_weights_and_metrics_of_a_single_process
     assert float(last["test_loss"]) == pytest.approx(alone["loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("rank, number", [("1", signal.SIGTERM)])
-def test_a_signal_to_one_process_stops_both_at_the_same_step(rank, number, in_two, tmp_path):
+def test_a_signal_to_one_process_stops_both_at_the_same_step(in_two, tmp_path):
     out = tmp_path / "run"
-    assert drive(out, step=8, number=number, rank=rank, processes=2).returncode != 0
+    assert drive(out, step=8, number=signal.SIGTERM, rank="1", processes=2).returncode != 0
     assert senetv2.read_checkpoint(out / "last.pt")["step"] == 8 and not list(out.glob("*.tmp"))
     shutil.copytree(out, tmp_path / "alone")
     train.main([*QUICK, "--out", str(tmp_path / "alone")])          # a single process can go on, too
@@ -981,8 +953,9 @@ def test_the_report_averages_last_epochs_and_pairs_differences_by_seed(tmp_path,
     invent_run(tmp_path / "b" / "long", 0, 90.0, epochs=3, done=3)
     invent_run(tmp_path / "b" / "running", 3, 80.0, done=1)
     invent_run(tmp_path / "b" / "copied", 0, plain[0])
+    (tmp_path / "config.json").write_text("of another program")
     invent_run(tmp_path / "b" / "edited", 0, 60.0)
-    train.main(["--report", str(tmp_path / "a"), str(tmp_path / "b")])
+    train.main(["--report", str(tmp_path)])
     text = capsys.readouterr().out
     gaps = np.subtract(gated, plain)
     assert f"| {np.mean(plain):.2f} ± {np.std(plain, ddof=1):.2f} | - | - | 77.38 |" in text
@@ -991,6 +964,7 @@ def test_the_report_averages_last_epochs_and_pairs_differences_by_seed(tmp_path,
     assert "### cifar10, all training images, 3 epochs" in text and "| 1 | 90.00 | - |" in text     # a table of its own
     assert "running: 1 of 2 epochs" in text and "80.00" not in text
     assert "edited: top-1 60.00%, where a run of the same settings above has 70.00%" in text and "copied" not in text
+    assert f"{tmp_path}: no run of train.py" in text
     assert "line [99.00, 72.00]" in text and text.count("```mermaid") == 2
 
 
@@ -1011,9 +985,10 @@ def test_the_commands_of_the_report_give_the_settings_of_its_rows():
     ("experiment3", 6, ("--model senetv2",)), ("experiment4", 4, ("--residual",)), ("experiment5", 8, ("--model vit",)),
 ])
 def test_experiments_are_lists_of_training_commands_that_parse(target, count, words):
-    listed = subprocess.run(["make", "--no-print-directory", "-n", "PYTHON=python3", "SEEDS=0 1", *target.split()], cwd=HERE, capture_output=True, text=True)
+    listed = subprocess.run(["make", "--no-print-directory", "-n", "PYTHON=python3", "SEEDS=0 1", *target.split()],
+                            cwd=HERE, capture_output=True, text=True)
     lines = listed.stdout.splitlines()
-    assert len(lines) == len({train.parse_args(line.split()[2:])[0].name for line in lines}) == count
+    assert len(lines) == len({train.parse_args(line.split()[2:])[0].out for line in lines}) == count
     assert all(any(word in line for line in lines) for word in words)
     assert [line.split("--seed ")[1][0] for line in lines] == ["0"] * (count // 2) + ["1"] * (count // 2)   # seed by seed
 
@@ -1069,7 +1044,7 @@ def test_the_readme_names_tests_files_and_figures_that_exist():
 def test_the_readmes_results_are_the_reports(capsys):
     train.main(["--report", str(HERE / "results")])
     report = capsys.readouterr().out
-    figures = re.findall(r"^(\|.* ±.*\|) [^|]+\| [^|]+\|$", report, re.MULTILINE)       # up to the paper's, and the speed of that day
+    figures = re.findall(r"^(\|.* ±.*\|) [^|]+\| [^|]+\|$", report, re.MULTILINE)       # but for paper and speed
     curves = re.findall(r"^    line .*", report, re.MULTILINE)
     text = (HERE / "README.md").read_text()
     assert 0 < len(figures) == len(curves) and all(line in text for line in [*figures, *curves])

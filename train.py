@@ -15,7 +15,7 @@ A run lives in runs/NAME, named after what defines its result:
     last.pt         everything needed to go on: the same command continues where the run stopped
 
 Interrupted equals uninterrupted, to the bit on a CPU.  It holds because every batch is a function of (seed,
-epoch, step), torch is seeded from (seed, step) before each step, and last.pt holds all the rest: weights, Adam's
+epoch, step), torch is seeded from (seed, process, step) before each step, and last.pt holds all the rest: weights, Adam's
 moments, the step, the history and the losses of the epoch that was running.
 
 The accuracy of a run is that of its last epoch, never the best epoch on the test set.
@@ -23,11 +23,11 @@ The accuracy of a run is that of its last epoch, never the best epoch on the tes
 import argparse
 import csv
 import datetime
-import io
 import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import sys
@@ -42,7 +42,7 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 
 from data import DATASETS, FOLDERS, IN_MEMORY, STATISTICS, Normalise, centre, load_data, mix, read_image
-from senetv2 import GATES, OURS, PEERS, STEMS, build_model, load, read_checkpoint
+from senetv2 import GATES, OURS, PEERS, STEMS, build_model, fill, load, read_checkpoint
 
 # ------------------------------------------------------------------------------------------------ Settings
 
@@ -57,39 +57,35 @@ RECIPES = {
 DATASET_DEFAULTS = {"shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64), "folder": dict(images_per_class=0)}
 
 # What defines a result; hardware, workers and compilation do not.  Some of it says nothing for some models and sets.
-RESULT = ("dataset", "data_dir", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "weights", "optimizer", "lr",
-          "warmup", "weight_decay", "label_smoothing", "epochs", "batch_size", "train_images", "images_per_class",
-          "image_size", "augment", "erase", "seed")
-ONLY_FOR = {"layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES, "cardinality": ("senetv2",),
+RESULT = ("dataset", "data_dir", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "weights",
+          "optimizer", "lr", "warmup", "weight_decay", "label_smoothing", "epochs", "batch_size", "train_images",
+          "images_per_class", "image_size", "augment", "erase", "seed")
+ONLY_FOR = {"layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES, "cardinality": GATES.keys() - {"senet"},
             "data_dir": ("folder",), "images_per_class": FOLDERS, "image_size": FOLDERS, "erase": IN_MEMORY}
 
 
-def number(kind, low, high, what):
-    """An argparse type: int or float from low to high; anything else, nan and inf too, is refused as not being `what`."""
-    def parse(text):
+def parsed_by(parse, accepts, words):
+    """A type for argparse: the text as `parse` reads it, where it `accepts` that; else an error that says `words`."""
+    def read(text):
         try:
-            if low <= (value := kind(text)) <= high:
+            if accepts(value := parse(text)):
                 return value
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"{text} is not {what}")
-    return parse
+        raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+    return read
 
 
-natural = number(int, 0, sys.maxsize, "a whole number of 0 or more")
-whole = number(int, 1, sys.maxsize, "a positive whole number")
-positive = number(float, sys.float_info.min, sys.float_info.max, "a positive number")
-fraction = number(float, 0, 1, "a number between 0 and 1")
+natural = parsed_by(int, lambda n: n >= 0, "a whole number of 0 or more")
+positive = parsed_by(int, lambda n: n > 0, "a positive whole number")
+amount = parsed_by(float, lambda x: 0 < x < math.inf, "a positive number")
+fraction = parsed_by(float, lambda x: 0 <= x <= 1, "a number between 0 and 1")
+four_numbers = parsed_by(str, lambda text: re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text),
+                         "four positive numbers, such as 3,4,6,3 or 1,1,1,1")
 
 
-def four_numbers(text):
-    numbers = text.split(",")
-    if len(numbers) != 4 or not all(n.isdecimal() and int(n) for n in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not four positive numbers, such as 3,4,6,3 or 1,1,1,1")
-    return text
-
-
-def make_parser():
+def make_parser(recipe="paper", dataset=None):
+    """The flags of train.py, with the defaults of a recipe and a data set."""
     parser = argparse.ArgumentParser(prog="train.py", description="Train and evaluate SENetV2 and what it is compared with.",
                                      usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
@@ -97,7 +93,7 @@ def make_parser():
     add("--data-dir", default="data", help="where its files are, or go")
     add("--train-images", type=natural, default=0, help="train on the first N of a seeded shuffle; 0: all")
     add("--images-per-class", type=natural, default=250, help="imagenet, folder: training images a class; 0: all")
-    add("--image-size", type=whole, default=224, help="imagenet, folder: pixels a side")
+    add("--image-size", type=positive, default=224, help="imagenet, folder: pixels a side")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="random crop and flip")
     add("--erase", type=natural, help="side in pixels of the square erased from each training image; not in folders")
     add("--workers", type=natural, default=min(8, os.cpu_count()), help="imagenet, folder: processes that decode")
@@ -105,41 +101,39 @@ def make_parser():
     add("--model", default="senetv2", help=f"{', '.join(OURS)}; {', '.join(PEERS)}; or any classification network of torchvision")
     add("--layers", type=four_numbers, default="3,4,6,3", help="bottlenecks a stage; shapes has 1,1,1,1")
     add("--stem", choices=STEMS, help="imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1")
-    add("--reduction", type=whole, default=32, help="r: channels over hidden units of a dense layer in the gate")
-    add("--cardinality", type=whole, default=4, help="K: parallel dense layers (senetv2)")
+    add("--reduction", type=positive, default=32, help="r: channels over hidden units of a dense layer in the gate")
+    add("--cardinality", type=positive, default=4, help="K: parallel dense layers (senetv2)")
     add("--residual", action=argparse.BooleanOptionalAction, default=False,
         help="gate x by 1 + s, as the released code does, not by s")
     add("--weights", help="start from: imagenet (torchvision's weights of the trunk) or a checkpoint")
     add = parser.add_argument_group("optimisation; defaults from the recipe").add_argument
     add("--recipe", choices=RECIPES, default="paper", help="where the other defaults come from")
     add("--optimizer", choices=("adam", "sgd"), help="sgd: with Nesterov momentum 0.9")
-    add("--lr", type=positive, help="learning rate at its peak")
+    add("--lr", type=amount, help="learning rate at its peak")
     add("--warmup", type=fraction, help="share of the run in which it rises; it then falls to 0 as a cosine")
     add("--weight-decay", type=fraction, help="L2 penalty on weights; norms and biases have none")
     add("--label-smoothing", type=fraction, help="share of the target spread over all classes")
-    add("--epochs", type=whole, help="passes over the training images")
-    add("--batch-size", type=whole, help="images a step, in all processes together")
+    add("--epochs", type=positive, help="passes over the training images")
+    add("--batch-size", type=positive, help="images a step, in all processes together")
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=natural, default=0, help="of weights, order and augmentation")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
     add("--compile", action="store_true", help="use torch.compile")
     add("--out", help="the run's folder; by default runs/ and a name made from the settings")
     add("--restart", action="store_true", help="start the run anew, even if it can go on")
-    add("--checkpoint-minutes", type=positive, default=5.0, help="minutes between checkpoints")
+    add("--checkpoint-minutes", type=amount, default=5.0, help="minutes between checkpoints")
     add("--evaluate", action="store_true", help="only evaluate --checkpoint, on --data-dir")
     add("--report", nargs="+", metavar="FOLDER", help="print tables and charts of all runs below these folders, as Markdown")
     add("--predict", nargs="+", metavar="IMAGE", help="print the five most likely classes of each image file")
     add("--checkpoint", help="the file to evaluate or predict with; by default the run's last.pt")
-    parser.set_defaults(**RECIPES["paper"])
+    parser.set_defaults(**RECIPES[recipe] | DATASET_DEFAULTS.get(dataset, {}))
     return parser
 
 
 def parse_args(argv=None):
-    """(args, settings): all flags, and what defines the result as a dict of plain values; args.name names the run."""
-    parser = make_parser()
-    chosen, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**RECIPES[chosen.recipe])
-    parser.set_defaults(**DATASET_DEFAULTS.get(chosen.dataset, {}))
+    """(args, settings): all flags, and what defines the result as a dict of plain values; args.out is the run's folder."""
+    chosen, _ = make_parser().parse_known_args(argv)
+    parser = make_parser(chosen.recipe, chosen.dataset)
     args, default = parser.parse_args(argv), parser.parse_args([])
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no cuda device here; pass --device cpu, or leave it out")
@@ -147,7 +141,9 @@ def parse_args(argv=None):
                 and (key not in ONLY_FOR or args.model in ONLY_FOR[key] or args.dataset in ONLY_FOR[key])}
     changed = [f"{key}{value}".replace("/", "_") for key, value in settings.items()
                if value != getattr(default, key) and key not in ("dataset", "model", "recipe", "seed")]
-    args.name = "-".join([args.dataset, args.model, args.recipe, *changed, f"seed{args.seed}"])
+    name = "-".join([args.dataset, args.model, args.recipe, *changed, f"seed{args.seed}"])
+    args.out = Path(args.out or Path("runs", name))
+    args.checkpoint = Path(args.checkpoint or args.out / "last.pt")
     return args, settings
 
 
@@ -164,25 +160,18 @@ def train(args, settings, data, net, optimizer, saved, out):
         model = torch.compile(model)
     step, history, total = 0, [], settings["epochs"] * data.steps
     losses = torch.zeros(data.steps, device=data.device)        # of the running epoch, one a step
-    averaged = 0                                                # how many of them are means over all processes
     began = time.perf_counter()
     if saved:
         step, history = saved["step"], saved["history"]
-        net.load_state_dict(saved["model"])
+        fill(net, saved)
         optimizer.load_state_dict(saved["optimizer"])
         losses.copy_(saved["losses"])
-        averaged = step - len(history) * data.steps
         began -= saved["seconds"]
     watch, progress = Watch(args.checkpoint_minutes), Progress(total, step)
 
     def gather():
-        """Make losses and buffers alike in all processes; stop if they are no longer numbers."""
-        nonlocal averaged
+        """Make the buffers alike in all processes; stop if losses or weights are no longer numbers."""
         if world > 1:
-            fresh = losses[averaged:step - len(history) * data.steps]
-            dist.all_reduce(fresh)
-            fresh.div_(world)
-            averaged += len(fresh)
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
         check_finite(losses, net, step)
@@ -194,18 +183,17 @@ def train(args, settings, data, net, optimizer, saved, out):
                               history=history, losses=losses, seconds=time.perf_counter() - began, model=net.state_dict(),
                               optimizer=optimizer.state_dict(), torch=str(torch.__version__))
             write(out / "last.pt", lambda file: torch.save(checkpoint, file))
-            write(out / "metrics.csv", lambda file: file.write(as_csv(history)))
         watch.last = time.monotonic()
 
     def save_or_stop(evaluating=False):
         number, due = watch.agree()
-        if number or due and not evaluating:        # evaluation changes nothing that would be worth saving
+        if number or (due and not evaluating):      # evaluation changes nothing that would be worth saving
             save()
         if number:
             if world > 1:       # the first process to leave would get the others killed in the middle of the save
                 dist.barrier()
             progress.clear()
-            sys.exit(128 + number)
+            sys.exit(128 + number)      # as shells report a signal
 
     for epoch in range(len(history), settings["epochs"]):
         net.train()
@@ -220,6 +208,9 @@ def train(args, settings, data, net, optimizer, saved, out):
             loss.backward()
             optimizer.step()
             losses[step % data.steps] = loss.detach()           # left on the device: reading it would wait for it
+            if world > 1:
+                dist.all_reduce(losses[step % data.steps])
+                losses[step % data.steps] /= world
             step += 1
             progress.show(step, losses, data)
             save_or_stop()
@@ -229,11 +220,10 @@ def train(args, settings, data, net, optimizer, saved, out):
         history.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], train_loss=losses.mean().item(),
                             test_loss=result["loss"], top1=result["top1"], top5=result["top5"],
                             images_per_second=data.steps * data.batch_size / seconds, seconds=seconds))
-        progress.epoch(history, settings["epochs"], len(data.classes) > 10)
+        progress.epoch(history[-1], settings["epochs"])
         if rank == 0:
             write(out / "metrics.csv", lambda file: file.write(as_csv(history)))
         losses.zero_()
-        averaged = 0
         began = time.perf_counter()
     save()
     return history
@@ -287,11 +277,11 @@ def check_finite(losses, net, step):
     """End the run where a loss or a weight is no longer a number; called before every save, so last.pt stays good."""
     bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
     if bad:
-        step += bad[0] + 1 - (step % len(losses) or len(losses))
+        step = (step - 1) // len(losses) * len(losses) + bad[0] + 1         # counted from 1, as `step` is after a step
     elif all(tensor.isfinite().all() for tensor in net.state_dict().values()):
         return
-    fail(f"the loss or the weights are no longer finite at step {step}; the last checkpoint is from before it; "
-         "try a smaller --lr")
+    raise ValueError(f"the loss or the weights are no longer finite at step {step}; the last checkpoint is from before it; "
+                     "try a smaller --lr")
 
 
 # ----------------------------------------------------------------------------------- Processes and signals
@@ -324,7 +314,7 @@ class Watch:
         return flags.tolist()
 
 
-# -------------------------------------------------------------------------------------------------- Report
+# --------------------------------------------------------------------------------------- Progress and files
 
 
 class Progress:
@@ -333,12 +323,13 @@ class Progress:
     def __init__(self, total, step):
         self.on = process()[0] == 0
         self.live = self.on and sys.stdout.isatty()
-        self.total, self.first, self.step = total, step, step
-        self.start, self.last, self.head = time.monotonic(), 0, False
+        self.total, self.first, self.step, self.start, self.last = total, step, step, time.monotonic(), 0
+        if self.on:
+            print("  epoch        lr train loss test loss   top-1   top-5  images/s time left")
 
-    def left(self, step):
-        seconds = round((time.monotonic() - self.start) / max(1, step - self.first) * (self.total - step))
-        return str(datetime.timedelta(seconds=seconds))
+    def left(self):
+        each = (time.monotonic() - self.start) / max(1, self.step - self.first)
+        return str(datetime.timedelta(seconds=round(each * (self.total - self.step))))
 
     def show(self, step, losses, data):
         self.step = step
@@ -347,32 +338,22 @@ class Progress:
             within = (step - 1) % data.steps
             speed = (step - self.first) * data.batch_size / (self.last - self.start)
             print(f"\r\033[Kstep {within + 1}/{data.steps}  loss {losses[within]:.3f}  {speed:,.0f} images/s  "
-                  f"{self.left(step)} left", end="", flush=True)
+                  f"{self.left()} left", end="", flush=True)
 
     def clear(self):
         if self.live:
             print("\r\033[K", end="", flush=True)
 
-    def epoch(self, history, epochs, top5):
-        if not self.on:
-            return
+    def epoch(self, row, epochs):
         self.clear()
-        row = history[-1]
-        if not self.head:
-            self.head = True
-            print(f"{'epoch':>7} {'lr':>9} {'train loss':>10} {'test loss':>9} {'top-1':>7}{' top-5' * top5:>{8 * top5}} "
-                  f"{'images/s':>9} {'time left':>9}")
-        print(f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>9.2e} {row['train_loss']:>10.4f} {row['test_loss']:>9.4f} "
-              f"{row['top1']:>6.2f}%" + f"{row['top5']:>7.2f}%" * top5 +
-              f" {row['images_per_second']:>9,.0f} {self.left(self.step):>9}", flush=True)
+        if self.on:
+            print(f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>9.2e} {row['train_loss']:>10.4f} {row['test_loss']:>9.4f} "
+                  f"{row['top1']:>6.2f}% {row['top5']:>6.2f}% {row['images_per_second']:>9,.0f} {self.left():>9}", flush=True)
 
 
 def as_csv(history):
-    text = io.StringIO(newline="")
-    table = csv.DictWriter(text, history[0] if history else ["epoch"], lineterminator="\n")
-    table.writeheader()
-    table.writerows(history)
-    return text.getvalue().encode()
+    table = [list(row) for row in history[:1]] + [row.values() for row in history]
+    return "".join(",".join(map(str, row)) + "\n" for row in table).encode()
 
 
 def write(path, put):
@@ -386,15 +367,11 @@ def write(path, put):
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
         draft.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({str(error).splitlines()[0]}); make room, then the same command goes on "
-             "from the last checkpoint")
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); make room, then the same command goes on "
+                      "from the last checkpoint") from None
 
 
-def fail(message):
-    sys.exit(f"train.py: error: {message}")
-
-
-# ------------------------------------------------------------------------------------------------- Results
+# -------------------------------------------------------------------------------------------------- Report
 
 PAPER_TOP1 = {("cifar100", "3,4,6,3"): {"resnet": 61.72, "senet r=32": 62.26, "senetv2 r=32 K=4 (= senet r=8)": 63.52},
               ("cifar10", "1,1,1,1"): {"resnet": 77.38, "senet r=32": 77.79, "senetv2 r=32 K=4 (= senet r=8)": 78.60}}
@@ -403,22 +380,16 @@ COLOURS = dict(grey="#888888", blue="#1f77b4", green="#2ca02c", red="#d62728", o
 
 
 def label(settings):
-    text = settings["model"]
-    if "reduction" in settings:
-        text += f" r={settings['reduction']}"
-    if "cardinality" in settings:
-        text += f" K={settings['cardinality']}"
-        if 256 % settings["reduction"] == 0 == settings["reduction"] % settings["cardinality"]:     # no channel is cut off
-            text += f" (= senet r={settings['reduction'] // settings['cardinality']})"
+    r, k = settings.get("reduction"), settings.get("cardinality")
+    text = settings["model"] + (f" r={r}" if r else "") + (f" K={k}" if k else "")
+    if k and 256 % r == 0 == r % k:     # no channel is cut off
+        text += f" (= senet r={r // k})"
     return text + " residual" * settings.get("residual", False)
 
 
 def command(settings):
     """The flags that differ from the defaults of the recipe and data set, without the seed."""
-    parser = make_parser()
-    parser.set_defaults(**RECIPES[settings["recipe"]], **{"model": None, "dataset": None})
-    parser.set_defaults(**DATASET_DEFAULTS.get(settings["dataset"], {}))
-    default = vars(parser.parse_args([]))
+    default = vars(make_parser(settings["recipe"], settings["dataset"]).parse_args([])) | dict(model=None, dataset=None)
     flags = ["python train.py"]
     for key, value in settings.items():
         if key != "seed" and value != default[key]:
@@ -435,33 +406,32 @@ def run_report(folders):
     """
     runs, left_out = {}, []
     for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
-        about = json.loads(path.read_text())
-        if "settings" not in about:
-            continue        # somebody else's file
-        settings = about["settings"]
-        with open(path.with_name("metrics.csv")) as file:
-            about["rows"] = list(csv.DictReader(file))
-        if len(about["rows"]) < settings["epochs"]:
+        try:
+            about = json.loads(path.read_text())
+            about["rows"] = list(csv.DictReader(path.with_name("metrics.csv").read_text().splitlines()))
+            settings, missing = about["settings"], about["settings"]["epochs"] - len(about["rows"])
+        except (ValueError, KeyError, TypeError, OSError):
+            left_out.append(f"- {path.parent}: no run of train.py")
+            continue
+        if missing:
             left_out.append(f"- {path.parent}: {len(about['rows'])} of {settings['epochs']} epochs")
             continue
         shared = tuple((k, v) for k, v in settings.items() if k not in NETWORK + ("seed",))
-        network = tuple((k, v) for k, v in settings.items() if k in NETWORK)
-        first = runs.setdefault(shared, {}).setdefault(network, {}).setdefault(settings["seed"], about)
-        top1, other = about["rows"][-1]["top1"], first["rows"][-1]["top1"]
+        first = runs.setdefault(shared, {}).setdefault(label(settings), {}).setdefault(settings["seed"], about)
+        top1, other = (float(run["rows"][-1]["top1"]) for run in (about, first))
         if top1 != other:
-            left_out.append(f"- {path.parent}: top-1 {float(top1):.2f}%, where a run of the same settings above has {float(other):.2f}%")
+            left_out.append(f"- {path.parent}: top-1 {top1:.2f}%, where a run of the same settings above has {other:.2f}%")
     for shared, networks in runs.items():
-        by_size = sorted(networks.items(), key=lambda item: next(iter(item[1].values()))["parameters"])
-        print_table(dict(shared), {label(dict(network)): seeds for network, seeds in by_size})
+        print_table(dict(shared), dict(sorted(networks.items(), key=lambda item: next(iter(item[1].values()))["parameters"])))
     if left_out:
         print("\nIn no table:\n\n" + "\n".join(left_out))
     if not runs and not left_out:
-        fail(f"no run (a folder with config.json and metrics.csv) under {' '.join(folders)}; train first")
+        raise ValueError(f"no run (a folder with config.json and metrics.csv) under {' '.join(folders)}; train first")
 
 
 def print_table(shared, networks):
     size = shared.get("train_images", 0)
-    print(f"\n### {shared['dataset']}, {f'{size:,} training images' if size else 'all training images'}, {shared['epochs']} epochs"
+    print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, {shared['epochs']} epochs"
           + f", layers {shared['layers']}" * ("layers" in shared) + "\n")
     print(", ".join(f"{key} {shared[key]}" for key in ("recipe", "optimizer", "lr", "batch_size", "stem") if key in shared) + ".\n")
     top1 = {name: {seed: float(run["rows"][-1]["top1"]) for seed, run in seeds.items()} for name, seeds in networks.items()}
@@ -471,43 +441,39 @@ def print_table(shared, networks):
     for name, seeds in networks.items():
         run = next(iter(seeds.values()))
         speed = statistics.median(float(row["images_per_second"]) for run in seeds.values() for row in run["rows"])
-        print(f"| {name} | {run['parameters']:,} | {len(seeds)} | {mean_and(top1[name].values(), statistics.stdev)} "
-              f"| {difference(top1, name, 'resnet')} | {difference(top1, name, 'senet r=32')} | {format(paper[name], '.2f') if name in paper else '-'} | {speed:,.0f} |")
+        claim = format(paper[name], ".2f") if name in paper else "-"
+        print(f"| {name} | {run['parameters']:,} | {len(seeds)} | {mean_and_spread(top1[name].values())} "
+              f"| {difference(top1, name, 'resnet')} | {difference(top1, name, 'senet r=32')} | {claim} | {speed:,.0f} |")
     machines = sorted({f"{run['device']}, torch {run['torch']}" for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: last epoch, mean ± standard deviation over seeds; differences: paired by seed, mean ± standard error. "
           f"{'; '.join(machines)}.\n\n```bash")
     for seeds in networks.values():
         settings = next(iter(seeds.values()))["settings"]
         print(f"for seed in {' '.join(map(str, sorted(seeds)))}; do {command(settings)} --seed $seed; done")
-    curves = {name: [statistics.fmean(column) for column in zip(*([float(row["top1"]) for row in run["rows"]]
-                                                                 for run in seeds.values()))]
-              for name, seeds in networks.items()}
     epochs = list(range(1, shared["epochs"] + 1))
     palette = json.dumps({"themeVariables": {"xyChart": {"plotColorPalette": ",".join(COLOURS.values())}}})
     print(f"```\n\n```mermaid\n%%{{init: {palette}}}%%\nxychart-beta")
     print(f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"')
     print(f'    x-axis "epoch" {epochs if len(epochs) < 25 else f"1 --> {len(epochs)}"}\n    y-axis "top-1 (%)"')
-    for curve in curves.values():
-        print(f"    line [{', '.join(f'{value:.2f}' for value in curve)}]")
-    print(f"```\n\nLines: {'; '.join(f'{name} {colour}' for name, colour in zip(curves, COLOURS))}.")
+    for seeds in networks.values():
+        columns = zip(*([float(row["top1"]) for row in run["rows"]] for run in seeds.values()))
+        print(f"    line [{', '.join(f'{statistics.fmean(column):.2f}' for column in columns)}]")
+    print(f"```\n\nLines: {'; '.join(f'{name} {colour}' for name, colour in zip(networks, COLOURS))}.")
 
 
-def mean_and(values, spread):
+def mean_and_spread(values, style=".2f", divisor=1):
+    """The mean and, of several values, their standard deviation over `divisor`."""
     values = list(values)
-    return f"{statistics.fmean(values):.2f}" + (f" ± {spread(values):.2f}" if len(values) > 1 else "")
+    return f"{statistics.fmean(values):{style}}" + (f" ± {statistics.stdev(values) / divisor:.2f}" if len(values) > 1 else "")
 
 
 def difference(top1, name, base):
     """Mean and standard error of the differences between runs of the same seed."""
-    seeds = top1[name].keys() & top1.get(base, {}).keys()
-    if name == base or not seeds:
-        return "-"
-    gaps = [top1[name][seed] - top1[base][seed] for seed in seeds]
-    text = mean_and(gaps, lambda values: statistics.stdev(values) / math.sqrt(len(values)))
-    return text if text.startswith("-") else f"+{text}"
+    gaps = [top1[name][seed] - top1[base][seed] for seed in top1[name].keys() & top1.get(base, {}).keys()]
+    return mean_and_spread(gaps, "+.2f", math.sqrt(len(gaps))) if gaps and name != base else "-"
 
 
-# ---------------------------------------------------------------------------------------------------- Main
+# ---------------------------------------------------------------------------------------------------- Runs
 
 
 def network(settings, classes):
@@ -550,47 +516,46 @@ def open_data(args, settings, device):
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     if not first:
         dist.barrier()
-    sizes = {key: settings[key] for key in ("images_per_class", "image_size") if key in settings}
-    data = load_data(settings["dataset"], args.data_dir, device=device, batch_size=settings["batch_size"],
-                     seed=settings["seed"], augment=settings["augment"], erase=settings.get("erase", 0), train_images=settings["train_images"],
-                     workers=args.workers, rank=rank, world=world, **sizes)
+    keys = ("seed", "batch_size", "augment", "erase", "train_images", "images_per_class", "image_size")
+    data = load_data(settings["dataset"], args.data_dir, device=device, workers=args.workers, rank=rank, world=world,
+                     **{key: settings[key] for key in keys if key in settings})
     if world > 1 and first:
         dist.barrier()
     return data
 
 
-def on_device(net, device):
-    return net.to(device, memory_format=torch.channels_last)
-
-
 def run_training(args, settings, device):
     rank, world = process()
     if settings["batch_size"] % world:
-        fail(f"the batch size {settings['batch_size']} does not divide by {world} processes")
-    out = Path(args.out or Path("runs", args.name))
-    saved = None
+        raise ValueError(f"the batch size {settings['batch_size']} does not divide by {world} processes")
+    out, saved = args.out, None
     if rank == 0 and (out / "last.pt").exists() and not args.restart:
         saved = read_checkpoint(out / "last.pt")
         before = saved["settings"]
         if odd := [f"{key} was {before.get(key)}, is {settings.get(key)}"
                    for key in {**before, **settings} if before.get(key) != settings.get(key)]:
-            fail(f"{out} holds a run with other settings: {'; '.join(odd)}; pass another --out, or --restart to start anew")
-    if world > 1:       # one process reads, so the machines need not share a disk
+            raise ValueError(f"{out} holds a run with other settings: {'; '.join(odd)}; "
+                             "pass another --out, or --restart to start anew")
+    if world > 1:       # one process reads, so the machines need not share a disk; the list is filled in place
         dist.broadcast_object_list(box := [saved])
         saved = box[0]
     if not saved or len(saved["history"]) < settings["epochs"]:
         data = open_data(args, settings, device)
+        if not data.steps:
+            raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} training images")
         torch.manual_seed(settings["seed"])
         net = build_model(**network(settings, data.classes))
         origin = start_from(net, args.weights, args.model) if args.weights and not saved else ""
-        net = on_device(net, device)
+        net.to(device, memory_format=torch.channels_last)
         optimizer = make_optimizer(net, settings)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             if not saved:
                 (out / "last.pt").unlink(missing_ok=True)
+            hardware = (torch.cuda.get_device_name() if device.type == "cuda"
+                        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
             about = dict(settings=settings, parameters=sum(p.numel() for p in net.parameters()), processes=world,
-                         device=hardware(device), torch=str(torch.__version__), torchvision=str(torchvision.__version__),
+                         device=hardware, torch=str(torch.__version__), torchvision=str(torchvision.__version__),
                          python=platform.python_version())
             write(out / "config.json", lambda file: file.write(json.dumps(about, indent=1).encode() + b"\n"))
             write(out / "metrics.csv", lambda file: file.write(as_csv(saved["history"] if saved else [])))
@@ -609,20 +574,18 @@ def run_training(args, settings, device):
 
 
 def run_evaluation(args, device):
-    path = checkpoint_path(args)
-    saved = read_checkpoint(path)
-    data = open_data(args, saved["settings"], device)
-    if data.classes != saved["classes"]:
-        fail(f"{path} was trained on other classes than {args.data_dir} holds")
-    net = on_device(load(path), device)
+    net = load(args.checkpoint).to(device, memory_format=torch.channels_last)
+    data = open_data(args, net.settings | dict(train_images=0), device)
+    if data.classes != net.classes:
+        raise ValueError(f"{args.checkpoint} was trained on other classes than {args.data_dir} holds")
     result = evaluate(net, data)
     if process()[0] == 0:
         for name, accuracy in zip(data.classes, result["per_class"]):
             print(f"{accuracy:7.2f}%  {name}")
-        print(f"{data.test_size:,} test images of {saved['settings']['dataset']}: loss {result['loss']:.4f}, "
+        print(f"{data.test_size:,} test images of {net.settings['dataset']}: loss {result['loss']:.4f}, "
               f"top-1 {result['top1']:.2f}%" + f", top-5 {result['top5']:.2f}%" * (len(data.classes) > 5))
-        if saved["settings"]["model"] in GATES and process()[1] == 1:
-            look_inside(net, data, path.with_name("gates.png"))
+        if net.settings["model"] in GATES and process()[1] == 1:
+            look_inside(net, data, args.checkpoint.with_name("gates.png"))
 
 
 @torch.no_grad()
@@ -633,22 +596,20 @@ def look_inside(net, data, path):
     black is the lowest, white the highest gate of the strip.
     """
     blocks = [stage[-1] for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
-    count = torch.zeros(len(data.classes), 1, dtype=torch.float64, device=data.device)
-    sums = [torch.zeros(2, len(count), block.conv3.out_channels, dtype=torch.float64, device=data.device) for block in blocks]
+    sums = [torch.zeros(3, len(data.classes), block.conv3.out_channels, dtype=torch.float64, device=data.device)
+            for block in blocks]        # of every class and channel: how many gates, their sum, the sum of their squares
 
-    def watch(block, total):
-        def add(module, args, out):                         # out: what the gate sees, (B, C, H, W)
-            s = block.gate.scale(out).flatten(1).double()   # (B, C)
-            total.index_add_(1, labels, torch.stack([s, s * s]))
-        return block.bn3.register_forward_hook(add)
-
-    hooks = [watch(block, total) for block, total in zip(blocks, sums)]
+    seen = {}
+    hooks = [block.bn3.register_forward_hook(lambda module, args, out, block=block: seen.update({block: out}))
+             for block in blocks]
     for images, labels in data.test_batches():
         with autocast(data.device):
             net(images)
-        count.index_add_(0, labels, torch.ones(len(labels), 1, dtype=torch.float64, device=data.device))
+            gates = [block.gate.scale(seen[block]).flatten(1).double() for block in blocks]         # each (B, C)
+        for total, s in zip(sums, gates):
+            total.index_add_(1, labels, torch.stack([torch.ones_like(s), s, s * s]))
     strips = []
-    for number, (hook, (total, square)) in enumerate(zip(hooks, sums), start=1):
+    for number, (hook, (count, total, square)) in enumerate(zip(hooks, sums), start=1):
         hook.remove()
         mean = total / count                                # (classes, C)
         within = (square / count - mean**2).clamp(min=0).mean(0).sqrt().mean()
@@ -657,16 +618,15 @@ def look_inside(net, data, path):
         strip = mean[:, mean.mean(0).argsort()]
         strip = (strip - strip.min()) / (strip.max() - strip.min()).clamp(min=1e-12)
         strips.append(F.interpolate(strip[None, None], (max(100, len(strip)), 1024)))
-    save_image(F.pad(torch.cat([F.pad(strip, (0, 0, 0, 8), value=1) for strip in strips], 2), (8, 8, 8, 0), value=1), path)
+    save_image(torch.cat(strips), path, nrow=1, padding=8, pad_value=1)
     print(f"{path}: the gates, a strip a stage, a row a class, a column a channel")
 
 
 def run_prediction(args, device):
-    path = checkpoint_path(args)
-    settings = read_checkpoint(path)["settings"]
-    net = on_device(load(path), device)
-    prepare = centre(settings["image_size"]) if "image_size" in settings else v2.Compose([v2.Resize(32), v2.CenterCrop(32)])
-    normalise = Normalise(STATISTICS.get(settings["dataset"], STATISTICS["imagenet"]), device)
+    net = load(args.checkpoint).to(device, memory_format=torch.channels_last)
+    size = net.settings.get("image_size")
+    prepare = centre(size) if size else v2.Compose([v2.Resize(32), v2.CenterCrop(32)])
+    normalise = Normalise(STATISTICS.get(net.settings["dataset"], STATISTICS["imagenet"]), device)
     for image in args.predict:
         with torch.no_grad(), autocast(device):
             logits = net(normalise(prepare(read_image(image)).to(device)[None]))[0]
@@ -676,28 +636,19 @@ def run_prediction(args, device):
             print(f"{probability:8.2%}  {net.classes[index]}")
 
 
-def checkpoint_path(args):
-    return Path(args.checkpoint or Path(args.out or Path("runs", args.name), "last.pt"))
-
-
-def hardware(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 def main(argv=None):
     args, settings = parse_args(argv)
-    if args.device == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
-        fail(f"more processes than the {torch.cuda.device_count()} GPUs of this machine; give one process a GPU")
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True                   # the shapes never change: find the fastest kernels once
-        torch.set_float32_matmul_precision("high")              # TF32 for what stays in float32
-    if "RANK" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    device = torch.device(args.device)
     try:
+        if args.device == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            if local >= torch.cuda.device_count():
+                raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here; give one process a GPU")
+            torch.cuda.set_device(local)                        # what "cuda" means from here on
+            torch.backends.cudnn.benchmark = True               # the shapes never change: find the fastest kernels once
+            torch.set_float32_matmul_precision("high")          # TF32 for what stays in float32
+        if "RANK" in os.environ:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         if args.report:
             run_report(args.report)
         elif args.predict:
@@ -707,7 +658,7 @@ def main(argv=None):
         else:
             run_training(args, settings, device)
     except (ValueError, OSError) as error:
-        fail(error)
+        sys.exit(f"train.py: error: {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
