@@ -118,10 +118,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
                 residual=False, **options):
     """A network that maps images (B, 3, H, W) to logits (B, num_classes).
 
-    name        resnet, senet or senetv2; else a classification network of torchvision, which takes
-                num_classes and options alone; or "vit", which takes image_size, too (default 32): torchvision's
-                VisionTransformer in the size of ViT-S (21 M parameters, about ResNet-50's), with patches of
-                4x4 pixels up to 64x64 and of 16x16 above.
+    name        resnet, senet or senetv2; else a peer to compare with, which takes num_classes and options alone.
     layers      bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small net.
     stem        "imagenet": 7x7 stride 2 and max-pooling, so 32x32 images reach layer1 as 8x8 maps;
                 "cifar": 3x3 stride 1 without pooling, so they stay 32x32.
@@ -133,21 +130,8 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     The trunk draws its weights first and the gates after it: from one seed, resnet, senet and senetv2
     start with the same convolutions.  Parameter names of the trunk are torchvision's.
     """
-    if name == "vit":
-        size = options.pop("image_size", 32)
-        patch = 4 if size <= 64 else 16
-        if size % patch:
-            raise ValueError(f"vit cuts images into patches of {patch}x{patch}, and {size} does not divide by {patch}; "
-                             "give another image size")
-        return torchvision.models.VisionTransformer(size, patch, num_layers=12, num_heads=6, hidden_dim=384,
-                                                    mlp_dim=1536, num_classes=num_classes, **options)
     if name not in OURS:
-        known = torchvision.models.list_models(module=torchvision.models)
-        if name not in known:
-            near = difflib.get_close_matches(name, [*OURS, *PEERS, *known], 1)
-            raise ValueError(f"unknown model {name!r}; give {', '.join(OURS)}, or to compare {', '.join(PEERS)} or another "
-                             "classification network of torchvision" + f"; did you mean {near[0]}?" * bool(near))
-        return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+        return build_peer(name, num_classes, **options)
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; give one of {', '.join(STEMS)}")
     if len(layers) != 4 or min(layers) < 1:
@@ -163,6 +147,28 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
             channels = block.conv3.out_channels
             block.gate = GATES[name](channels, reduction=reduction, cardinality=cardinality, residual=residual)
     return model
+
+
+def build_peer(name, num_classes, **options):
+    """A classification network of torchvision by its name there, or "vit".  Raises ValueError for an unknown name.
+
+    vit is torchvision's VisionTransformer in the size of ViT-S (21 M parameters, about ResNet-50's), for images of
+    image_size (default 32), with patches of 4x4 pixels up to 64x64 and of 16x16 above; the size must divide by them.
+    """
+    if name == "vit":
+        size = options.pop("image_size", 32)
+        patch = 4 if size <= 64 else 16
+        if size % patch:
+            raise ValueError(f"vit cuts images into patches of {patch}x{patch}, and {size} does not divide by {patch}; "
+                             "give another image size")
+        return torchvision.models.VisionTransformer(size, patch, num_layers=12, num_heads=6, hidden_dim=384,
+                                                    mlp_dim=1536, num_classes=num_classes, **options)
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        near = difflib.get_close_matches(name, [*OURS, *PEERS, *known], 1)
+        raise ValueError(f"unknown model {name!r}; give {', '.join(OURS)}, or to compare {', '.join(PEERS)} or another "
+                         "classification network of torchvision" + f"; did you mean {near[0]}?" * bool(near))
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
 
 def read_checkpoint(path):

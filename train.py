@@ -542,7 +542,7 @@ def run_training(args, settings, device):
     if not saved or len(saved["history"]) < settings["epochs"]:
         data = open_data(args, settings, device)
         if not data.steps:
-            raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} training images")
+            raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} training images; give a smaller --batch-size")
         torch.manual_seed(settings["seed"])
         net = build_model(**network(settings, data.classes))
         origin = start_from(net, args.weights, args.model) if args.weights and not saved else ""
