@@ -154,8 +154,9 @@ def train(args, settings, data, net, optimizer, saved, out):
     """Train to the last epoch, from the start or from the checkpoint `saved`; returns the history, a dict an epoch."""
     rank, world = process()
     model = net
-    if world > 1:       # buffers go round before they are saved or used, not at every step
-        model = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        model.broadcast_buffers = False     # they go round before they are saved or used, not at every step
     if args.compile:
         model = torch.compile(model)
     step, history, total = 0, [], settings["epochs"] * data.steps
