@@ -758,6 +758,10 @@ def test_a_checkpoint_of_other_settings_is_refused_with_every_difference(finishe
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_step(tmp_path, capsys):
     text = complaint(capsys, *QUICK, "--out", tmp_path, "--lr", "1e30")
     assert "no longer finite at step" in text and not (tmp_path / "last.pt").exists()
+    for step, bad in ((5, 3), (6, 3), (6, 6), (8, 7)):          # checked after `step`, in epochs of 6
+        losses = torch.zeros(6).index_fill_(0, torch.tensor((bad - 1) % 6), math.nan)
+        with pytest.raises(ValueError, match=f"at step {bad};"):
+            train.check_finite(losses, nn.Linear(1, 1), step)
 
 
 # ---------------------------------------------------------------------------- Interrupted equals uninterrupted
