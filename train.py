@@ -383,7 +383,7 @@ COLOURS = dict(grey="#888888", blue="#1f77b4", green="#2ca02c", red="#d62728", o
 def label(settings):
     r, k = settings.get("reduction"), settings.get("cardinality")
     text = settings["model"] + (f" r={r}" if r else "") + (f" K={k}" if k else "")
-    if k and 256 % r == 0 == r % k:     # no channel is cut off
+    if settings["model"] == "senetv2" and 256 % r == 0 == r % k:        # no channel is cut off
         text += f" (= senet r={r // k})"
     return text + " residual" * settings.get("residual", False)
 
