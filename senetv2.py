@@ -64,8 +64,9 @@ class SqueezeExcitation(nn.Module):
     def scale(self, x):
         """The factor alone, (B, C, 1, 1): s in (0, 1), or 1 + s in (1, 2) with residual=True.
 
-        The permutation moves no data.  In channels_last memory it makes C the last dimension, as it lies: gate and
-        addition ran 1.2 to 1.3 times as fast as with x.mean((2, 3)) (ResNet-50's stages at 224 pixels, two x86-64 cores).
+        The permutation moves no data: in channels_last memory it makes C the last dimension, as it lies, and
+        the gate and the addition ran 1.2 to 1.3 times as fast, forward and backward, as with x.mean((2, 3)) (two
+        x86-64 cores, torch 2.14.1, the Makefile's allocator settings, each stage of ResNet-50 at 224 pixels, medians).
         """
         z = x.permute(0, 2, 3, 1).mean((1, 2))                  # squeeze (B, C, H, W) -> (B, C)
         u = F.relu(self.reduce(z))                              # all K branches at once -> (B, K*C/r)
