@@ -1,96 +1,115 @@
 # SENetV2 in four scripts.  `make` alone lists what there is to type.
 
-# Left empty, a variable takes the default of train.py (see `python train.py --help`).
-flag = $(if $($(1)),--$(2) $($(1)))
-COMMON = $(call flag,DATA_DIR,data-dir) $(call flag,RECIPE,recipe) $(call flag,STEM,stem) $(call flag,EPOCHS,epochs) \
-  $(call flag,BATCH_SIZE,batch-size) $(call flag,LR,lr) $(call flag,TRAIN_IMAGES,train-images) \
-  $(call flag,IMAGES_PER_CLASS,images-per-class) $(call flag,IMAGE_SIZE,image-size) $(call flag,DEVICE,device) $(ARGS)
-FLAGS = $(call flag,DATASET,dataset) $(call flag,MODEL,model) $(call flag,LAYERS,layers) $(call flag,REDUCTION,reduction) \
-  $(call flag,CARDINALITY,cardinality) $(call flag,SEED,seed) $(call flag,WEIGHTS,weights) $(call flag,OUT,out) $(COMMON)
+# A variable counts only where it is typed on make's command line, whatever the environment holds.
+# It becomes a flag of the script, quoted; left out, it takes the script's default.
+typed = $(if $(findstring command line,$(origin $(1))),$($(1)))
+flag = $(if $(call typed,$(1)), --$(2) '$(subst ','\'',$($(1)))')
+DATA = $(call flag,DATASET,dataset)$(call flag,DATA_DIR,data-dir)$(call flag,IMAGE_SIZE,image-size)
+CHECK = $(call flag,CHECKPOINT,checkpoint)
+FLAGS = $(DATA)$(call flag,MODEL,model)$(call flag,RECIPE,recipe)$(call flag,LAYERS,layers)$\
+  $(call flag,STEM,stem)$(call flag,REDUCTION,reduction)$(call flag,CARDINALITY,cardinality)$\
+  $(call flag,WEIGHTS,weights)$(call flag,EPOCHS,epochs)$(call flag,BATCH_SIZE,batch-size)$\
+  $(call flag,LR,lr)$(call flag,TRAIN_IMAGES,train-images)$(call flag,SEED,seed)$\
+  $(call flag,IMAGES_PER_CLASS,images-per-class)$(call flag,DEVICE,device)$(call flag,OUT,out)$\
+  $(if $(call typed,ARGS), $(ARGS))
 
-# Without PYTHON=..., the packages of requirements.txt go into .venv the first time (minutes, several GB).
-ifndef PYTHON
-PYTHON := .venv/bin/python
-READY := .venv/ready
-endif
+# Without PYTHON=..., the packages of requirements.txt go into .venv the first time.
+PYTHON = .venv/bin/python
+READY := $(if $(call typed,PYTHON),,.venv/ready)
 
-# glibc: keep freed memory, do not give large tensors back to the system at every step and fetch them anew, page by page.
-# It changes no result; SENetV2-50 on 224-pixel images, on two cores, trains 1.6 times as fast (9.6 against 6.1 images/s).
+# Several processes, one per GPU; without GPUs they share the cores.
+LAUNCHER = -m torch.distributed.run --standalone --nproc-per-node $(NPROC)
+TRAIN = $(PYTHON)$(if $(call typed,NPROC), $(LAUNCHER)) train.py
+
+# glibc: keep freed memory instead of giving large tensors back to the system at every step.  It
+# changes no result; SENetV2-50 on 224-pixel images, on two cores, trained 1.6 times as fast
+# (9.6 against 6.1 images/s).
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export MALLOC_TOP_PAD_ = 268435456
 
-# Several processes, one a GPU; without GPUs they share the cores.
-TRAIN = $(PYTHON)$(if $(NPROC), -m torch.distributed.run --standalone --nproc-per-node $(NPROC)) train.py
+# What was typed for this make is not meant for one that a test starts.
+unexport MAKEFLAGS MFLAGS
 
-# The experiments: ordinary training commands, seed by seed, so that a stopped one has whole comparisons; a finished run
-# is skipped, a half-finished one goes on.  K layers at r are one of width K/r, so each width is run once:
-# senet r = 32 is K = 1, senet r = 16 is K = 2, senetv2 is K = 4 and senet r = 8, senet r = 4 is K = 8, senet r = 2 is K = 16.
-SEEDS ?= 0 1 2 3 4
-RESNET50 := 3,4,6,3
-SMALL := 1,1,1,1
-jobs = $(if $(DATASETS)$(LAYERS),$(foreach d,$(or $(DATASETS),$(sort $(foreach j,$(1),$(firstword $(subst /, ,$(j)))))),$(foreach \
-  l,$(or $(LAYERS),$(RESNET50)),$(d)/$(l))),$(1))
-experiment = $(foreach s,$(SEEDS),$(foreach j,$(call jobs,$(1)),$(foreach m,$(2),$(call command,$(s),$(subst /, --layers ,$(j)),$(subst +, ,$(m))))))
-define command
-$(TRAIN) --dataset $(2) --model $(3) --seed $(1) $(strip $(COMMON))
+# $(call sweep,"DATA SET AND LAYERS" ...,"NETWORK" ...): one ordinary run for each, seed by seed, so
+# that a sweep that was stopped holds whole comparisons.  A finished run is skipped, a half-finished
+# one resumes.  What is typed comes last and wins.  `make paper TRAIN=echo` lists the commands.
+SEEDS = 0 1 2 3 4
+sweep = @set -e; for seed in $(SEEDS); do \
+  for data in $(if $(call typed,DATASET),"$(DATASET)",$(1)); do for network in $(2); do \
+  $(TRAIN) --dataset $$data --model $$network --seed $$seed$(FLAGS); done; done; done
 
-endef
+TABLES = "cifar100 --layers 3,4,6,3" "cifar10 --layers 1,1,1,1" "cifar10 --layers 3,4,6,3"
 
-.PHONY: help train evaluate predict test table bench look pictures paper experiment1 experiment2 experiment3 experiment4 experiment5 report clean
+# K layers at r are one layer at r/K, so each width of the gate is run once: K = 1, 2, 4, 8, 16 at
+# r = 32 are senet with r = 32 and 16, senetv2 (= senet r = 8), and senet with r = 4 and 2.
+WIDTHS = resnet senet "senet --reduction 16" senetv2
+
+.PHONY: help train evaluate predict look table test bench faults pictures report results paper \
+  experiment1 experiment2 experiment3 experiment4 experiment5 clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "PYTHON=python3 uses an interpreter that has the packages; ARGS='...' adds any flag of the script."
+	@echo "Variables: DATASET DATA_DIR MODEL RECIPE LAYERS STEM REDUCTION CARDINALITY WEIGHTS EPOCHS"
+	@echo "  BATCH_SIZE LR TRAIN_IMAGES IMAGES_PER_CLASS IMAGE_SIZE SEED DEVICE OUT, as in"
+	@echo "  'python train.py --help'; ARGS='...' adds any flag; NPROC=8 starts eight processes;"
+	@echo "  PYTHON=python3 uses an interpreter that has the packages of requirements.txt."
 
-train: $(READY)  ## train: DATASET=shapes|cifar10|cifar100|imagenet|folder MODEL=resnet|senet|senetv2|... DATA_DIR= RECIPE= LAYERS= STEM= REDUCTION= CARDINALITY= EPOCHS= BATCH_SIZE= LR= TRAIN_IMAGES= IMAGES_PER_CLASS= IMAGE_SIZE= WEIGHTS= SEED= DEVICE= OUT= NPROC=
-	$(TRAIN) $(strip $(FLAGS))
+train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|folder MODEL=... ...
+	$(TRAIN)$(FLAGS)
 
-evaluate: $(READY)  ## loss, top-1, top-5, accuracy of each class: CHECKPOINT=runs/NAME/last.pt DATA_DIR=, or train's variables
-	$(PYTHON) train.py --evaluate $(strip $(call flag,CHECKPOINT,checkpoint) $(FLAGS))
+evaluate: $(READY)  ## loss, top-1, top-5, each class: CHECKPOINT=... or the variables of train
+	$(PYTHON) train.py --evaluate$(CHECK)$(FLAGS)
 
-predict: $(READY)  ## the five most likely classes: IMAGE='a.jpg b.png' CHECKPOINT=runs/NAME/last.pt
-	$(PYTHON) train.py --predict $(IMAGE) $(call flag,CHECKPOINT,checkpoint) $(strip $(FLAGS))
+predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=runs/NAME/last.pt
+	$(PYTHON) train.py$(call flag,IMAGE,predict)$(CHECK)$(FLAGS)
+
+look: $(READY)  ## draw images before and after augmentation: DATASET= DATA_DIR=
+	$(PYTHON) data.py$(DATA)
 
 table: $(READY)  ## parameters and multiply-adds beside the paper's
-	$(PYTHON) senetv2.py $(ARGS)
+	$(PYTHON) senetv2.py$(if $(call typed,ARGS), $(ARGS))
 
-bench: $(READY)  ## images/s of training and loading, and what the gate costs: STEM= LAYERS= BATCH_SIZE= DATASET= DATA_DIR= ARGS='--compile --image-size 224'
-	$(PYTHON) senetv2.py --benchmark $(call flag,STEM,stem) $(call flag,LAYERS,layers) $(call flag,BATCH_SIZE,batch-size) $(ARGS)
-	$(PYTHON) data.py --benchmark $(call flag,DATASET,dataset) $(call flag,DATA_DIR,data-dir)
-	$(PYTHON) test_senetv2.py
+test: $(READY)  ## check every claim of README, docs and docstrings
+	$(PYTHON) -m pytest -q$(if $(call typed,ARGS), $(ARGS))
 
-paper: $(READY)  ## the paper's tables, all four widths of the gate: SEEDS= EPOCHS= TRAIN_IMAGES= RECIPE= DATASETS= LAYERS= DATA_DIR=
-	$(call experiment,cifar100/$(RESNET50) cifar10/$(SMALL) cifar10/$(RESNET50),resnet senet senet+--reduction+16 senetv2)
+bench: $(READY)  ## measure training, loading and the gates: STEM= LAYERS= BATCH_SIZE= DATASET= ...
+	$(PYTHON) test_senetv2.py bench$(FLAGS)
 
-experiment1: $(READY)  ## one branch against two, CIFAR-10; variables as above
-	$(call experiment,cifar10/$(RESNET50),senet senet+--reduction+16)
+faults: $(READY)  ## interrupt 100 runs in every way, up to 15 minutes: ARGS='--trials 20'
+	$(PYTHON) test_senetv2.py faults$(if $(call typed,ARGS), $(ARGS))
 
-experiment2: $(READY)  ## K = 2, 4, 8, 16, CIFAR-100
-	$(call experiment,cifar100/$(RESNET50),senet+--reduction+16 senetv2 senet+--reduction+4 senet+--reduction+2)
-
-experiment3: $(READY)  ## r = 8, 16, 32, CIFAR-10
-	$(call experiment,cifar10/$(RESNET50),senetv2 senet+--reduction+16 senet)
-
-experiment4: $(READY)  ## gate x by 1 + s, as the released code, or by s, CIFAR-10
-	$(call experiment,cifar10/$(RESNET50),senetv2 senetv2+--residual)
-
-experiment5: $(READY)  ## the peers, CIFAR-100
-	$(call experiment,cifar100/$(RESNET50),mobilenet_v2 efficientnet_b0 resnext50_32x4d vit)
-
-report: $(READY)  ## tables and charts of all runs below runs/ and results/, as Markdown
-	@$(PYTHON) train.py --report runs results
-
-look: $(READY)  ## a contact sheet of the data, before and after augmentation: DATASET= DATA_DIR=
-	$(PYTHON) data.py $(call flag,DATASET,dataset) $(call flag,DATA_DIR,data-dir) $(ARGS)
-
-test: $(READY)  ## check every claim of README and docstrings
-	$(PYTHON) -m pytest -q $(ARGS)
-
-pictures: train evaluate  ## draw the README's pictures anew (with train's defaults)
+pictures: $(READY)  ## draw the README's pictures anew
+	$(TRAIN)
+	$(PYTHON) train.py --evaluate
 	$(PYTHON) data.py --out assets/shapes.png
 	cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png
+
+report: $(READY)  ## tables and charts of all runs in runs/ and results/, as Markdown
+	@$(PYTHON) train.py --report runs results
+
+results: $(READY)  ## write results/README.md from results/about.md and the raw files
+	{ cat results/about.md && $(PYTHON) train.py --report results; } > results/README.tmp
+	mv results/README.tmp results/README.md
+
+paper: $(READY)  ## the paper's tables, four widths of the gate: SEEDS= DATASET= LAYERS= EPOCHS= ...
+	$(call sweep,$(TABLES),$(WIDTHS))
+
+experiment1: $(READY)  ## one layer against two: r = 32 and 16, CIFAR-10
+	$(call sweep,cifar10,senet "senet --reduction 16")
+
+experiment2: $(READY)  ## K = 2, 4, 8, 16, CIFAR-100
+	$(call sweep,cifar100,"senet --reduction 16" senetv2 "senet --reduction 4" "senet --reduction 2")
+
+experiment3: $(READY)  ## r = 8, 16, 32, CIFAR-10
+	$(call sweep,cifar10,senetv2 "senet --reduction 16" senet)
+
+experiment4: $(READY)  ## gate by 1 + s, as the released code does, or by s, CIFAR-10
+	$(call sweep,cifar10,senetv2 "senetv2 --residual")
+
+experiment5: $(READY)  ## networks to compare with, CIFAR-100
+	$(call sweep,cifar100,mobilenet_v2 efficientnet_b0 resnext50_32x4d vit)
 
 clean:  ## remove .venv and caches; runs and data stay
 	rm -rf .venv .pytest_cache __pycache__

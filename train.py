@@ -1,33 +1,38 @@
-"""Chapter 3: training.  Forward, loss, backward, step; and a run that survives whatever interrupts it.
+"""Chapter 3: training.  Forward, loss, backward, step; and a run that survives interruptions.
 
-    python train.py                                             shapes, minutes on a laptop, no download
+    python train.py                                             shapes: minutes on a laptop
     python train.py --dataset cifar10 --model senetv2           the paper's network and recipe
-    python train.py --evaluate --checkpoint runs/NAME/last.pt   loss, top-1, top-5, accuracy of each class
+    python train.py --evaluate --checkpoint runs/NAME/last.pt   loss, top-1, top-5, each class
     python train.py --predict cat.jpg --checkpoint FILE         the five most likely classes
     python train.py --report runs results                       tables and charts of all runs
     torchrun --nproc-per-node 8 train.py --dataset cifar10      the same run on eight GPUs
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
 
-A run lives in runs/NAME, named after what defines its result:
+A run lives in runs/NAME, and the name says what defines its result:
 
     config.json     its settings, and the hardware and versions that it ran on
-    metrics.csv     a row an epoch
-    last.pt         everything needed to go on: the same command continues where the run stopped
+    metrics.csv     one row per epoch
+    last.pt         everything needed to resume: give the same command again
 
-Interrupted equals uninterrupted, to the bit on a CPU.  It holds because every batch is a function of (seed,
-epoch, step), torch is seeded from (seed, process, step) before each step, and last.pt holds all the rest: weights, Adam's
-moments, the step, the history and the losses of the epoch that was running.
+Interrupted equals uninterrupted, to the bit on a CPU.  This holds because each batch is a function
+of (seed, epoch, step), because torch is seeded from (seed, process, step) before each step, and
+because last.pt holds the rest: weights, Adam's moments, the step, the history and the losses of the
+epoch so far.
 
-The accuracy of a run is that of its last epoch, never the best epoch on the test set.
+The accuracy of a run is that of its last epoch, never that of its best epoch on the test set.
 """
 import argparse
+import contextlib
 import csv
 import datetime
+import errno
+import functools
+import inspect
 import json
 import math
 import os
 import platform
 import re
+import shlex
 import signal
 import statistics
 import sys
@@ -38,34 +43,26 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from torchvision.transforms import v2
 from torchvision.utils import save_image
 
-from data import DATASETS, FOLDERS, IN_MEMORY, STATISTICS, Normalise, centre, load_data, mix, read_image
-from senetv2 import GATES, OURS, PEERS, STEMS, build_model, fill, load, read_checkpoint
+from data import DATASETS, FOLDERS, Preprocess, load_data, mix, printable, read_image
+from senetv2 import GATES, OURS, PEERS, STEMS, build_model
 
-# ------------------------------------------------------------------------------------------------ Settings
+try:
+    import fcntl
+except ImportError:     # Windows
+    fcntl = None
 
-# The paper says Adam, cross-entropy, ResNet-50, and r = 32, K = 4 in its tables.  What it leaves open is chosen here.
-RECIPES = {
-    "paper": dict(stem="imagenet", optimizer="adam", lr=1e-3, warmup=0.05, weight_decay=0.0, label_smoothing=0.0, erase=0,
-                  epochs=30, batch_size=128),
-    "strong": dict(stem="cifar", optimizer="sgd", lr=0.1, warmup=0.05, weight_decay=5e-4, label_smoothing=0.1, erase=8,
-                   epochs=100, batch_size=128),
-}
-# The embedded set is for a laptop: the paper's small net in the place of ResNet-50, and a short run.
-DATASET_DEFAULTS = {"shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64), "folder": dict(images_per_class=0)}
+# torchrun sets these: which process this is, of how many, and the same within one machine.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get("LOCAL_RANK", 0)),
+                           int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-# What defines a result; hardware, workers and compilation do not.  Some of it says nothing for some models and sets.
-RESULT = ("dataset", "data_dir", "model", "recipe", "layers", "stem", "reduction", "cardinality", "residual", "weights",
-          "optimizer", "lr", "warmup", "weight_decay", "label_smoothing", "epochs", "batch_size", "train_images",
-          "images_per_class", "image_size", "augment", "erase", "seed")
-ONLY_FOR = {"layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES, "cardinality": GATES.keys() - {"senet"},
-            "data_dir": ("folder",), "images_per_class": FOLDERS, "image_size": FOLDERS, "erase": IN_MEMORY}
+# ----------------------------------------------------------------------------------------- Settings
 
 
 def parsed_by(parse, accepts, words):
-    """A type for argparse: the text as `parse` reads it, where it `accepts` that; else an error that says `words`."""
+    """A type for argparse: the text as `parse` reads it, if it `accepts` that value."""
     def read(text):
         try:
             if accepts(value := parse(text)):
@@ -78,194 +75,150 @@ def parsed_by(parse, accepts, words):
 
 natural = parsed_by(int, lambda n: n >= 0, "a whole number of 0 or more")
 positive = parsed_by(int, lambda n: n > 0, "a positive whole number")
+any_seed = parsed_by(int, lambda n: 0 <= n < 2**63, "a whole number from 0 to 2**63 - 1")
 amount = parsed_by(float, lambda x: 0 < x < math.inf, "a positive number")
 fraction = parsed_by(float, lambda x: 0 <= x <= 1, "a number between 0 and 1")
 four_numbers = parsed_by(str, lambda text: re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}", text),
                          "four positive numbers, such as 3,4,6,3 or 1,1,1,1")
 
+# The paper says Adam, cross-entropy, ResNet-50 and, in its tables, r = 32 and K = 4.  It does not
+# say the rest, so the rest is our choice.  A recipe and a data set change some of the defaults.
+RECIPES = {
+    "paper": {},
+    "strong": dict(stem="cifar", optimizer="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.1,
+                   epochs=100),
+}
+FOR_DATASET = {     # the embedded set is for a laptop: the paper's small net and a short run
+    "shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64),
+    "folder": dict(images_per_class=0),
+}
 
-def make_parser(recipe="paper", dataset=None):
-    """The flags of train.py, with the defaults of a recipe and a data set."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train and evaluate SENetV2 and what it is compared with.",
-                                     usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="shapes", help="what to train on")
-    add("--data-dir", default="data", help="where its files are, or go")
-    add("--train-images", type=natural, default=0, help="train on the first N of a seeded shuffle; 0: all")
-    add("--images-per-class", type=natural, default=250, help="imagenet, folder: training images a class; 0: all")
-    add("--image-size", type=positive, default=224, help="imagenet, folder: pixels a side")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="random crop and flip")
-    add("--erase", type=natural, help="side in pixels of the square erased from each training image; not in folders")
-    add("--workers", type=natural, default=min(8, os.cpu_count()), help="imagenet, folder: processes that decode")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="senetv2", help=f"{', '.join(OURS)}; {', '.join(PEERS)}; or any classification network of torchvision")
-    add("--layers", type=four_numbers, default="3,4,6,3", help="bottlenecks a stage; shapes has 1,1,1,1")
-    add("--stem", choices=STEMS, help="imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1")
-    add("--reduction", type=positive, default=32, help="r: channels over hidden units of a dense layer in the gate")
-    add("--cardinality", type=positive, default=4, help="K: parallel dense layers (senetv2)")
-    add("--residual", action=argparse.BooleanOptionalAction, default=False,
-        help="gate x by 1 + s, as the released code does, not by s")
-    add("--weights", help="start from: imagenet (torchvision's weights of the trunk) or a checkpoint")
-    add = parser.add_argument_group("optimisation; defaults from the recipe").add_argument
-    add("--recipe", choices=RECIPES, default="paper", help="where the other defaults come from")
-    add("--optimizer", choices=("adam", "sgd"), help="sgd: with Nesterov momentum 0.9")
-    add("--lr", type=amount, help="learning rate at its peak")
-    add("--warmup", type=fraction, help="share of the run in which it rises; it then falls to 0 as a cosine")
-    add("--weight-decay", type=fraction, help="L2 penalty on weights; norms and biases have none")
-    add("--label-smoothing", type=fraction, help="share of the target spread over all classes")
-    add("--epochs", type=positive, help="passes over the training images")
-    add("--batch-size", type=positive, help="images a step, in all processes together")
-    add = parser.add_argument_group("run").add_argument
-    add("--seed", type=natural, default=0, help="of weights, order and augmentation")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    add("--compile", action="store_true", help="use torch.compile")
-    add("--out", help="the run's folder; by default runs/ and a name made from the settings")
-    add("--restart", action="store_true", help="start the run anew, even if it can go on")
-    add("--checkpoint-minutes", type=amount, default=5.0, help="minutes between checkpoints")
-    add("--evaluate", action="store_true", help="only evaluate --checkpoint, on --data-dir")
-    add("--report", nargs="+", metavar="FOLDER", help="print tables and charts of all runs below these folders, as Markdown")
-    add("--predict", nargs="+", metavar="IMAGE", help="print the five most likely classes of each image file")
-    add("--checkpoint", help="the file to evaluate or predict with; by default the run's last.pt")
-    parser.set_defaults(**RECIPES[recipe] | DATASET_DEFAULTS.get(dataset, {}))
-    return parser
-
-
-def parse_args(argv=None):
-    """(args, settings): all flags, and what defines the result as a dict of plain values; args.out is the run's folder."""
-    chosen, _ = make_parser().parse_known_args(argv)
-    parser = make_parser(chosen.recipe, chosen.dataset)
-    args, default = parser.parse_args(argv), parser.parse_args([])
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: there is no cuda device here; pass --device cpu, or leave it out")
-    settings = {key: getattr(args, key) for key in RESULT if getattr(args, key) is not None
-                and (key not in ONLY_FOR or args.model in ONLY_FOR[key] or args.dataset in ONLY_FOR[key])}
-    changed = [f"{key}{value}".replace("/", "_") for key, value in settings.items()
-               if value != getattr(default, key) and key not in ("dataset", "model", "recipe", "seed")]
-    name = "-".join([args.dataset, args.model, args.recipe, *changed, f"seed{args.seed}"])
-    args.out = Path(args.out or Path("runs", name))
-    args.checkpoint = Path(args.checkpoint or args.out / "last.pt")
-    return args, settings
+SETTINGS = {        # what defines a result: default, type or choices, meaning
+    "dataset": ("shapes", DATASETS, "what to train on"),
+    "data_dir": ("data", str, "where its files are, or go"),
+    "model": ("senetv2", str, f"{', '.join(OURS)}; {', '.join(PEERS)}; or any other classification "
+              "network of torchvision"),
+    "recipe": ("paper", tuple(RECIPES), "where the defaults of optimiser and stem come from"),
+    "layers": ("3,4,6,3", four_numbers, "bottlenecks per stage; shapes has 1,1,1,1"),
+    "stem": ("imagenet", STEMS, "imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1"),
+    "reduction": (32, positive, "r: channels per hidden unit of one dense layer in the gate"),
+    "cardinality": (4, positive, "K: dense layers side by side in the gate of senetv2"),
+    "residual": (False, bool, "gate by 1 + s, as the released code does, instead of s"),
+    "weights": (None, str, "start from: imagenet (torchvision's weights) or a checkpoint"),
+    "optimizer": ("adam", ("adam", "sgd"), "sgd has Nesterov momentum 0.9"),
+    "lr": (1e-3, amount, "learning rate at its peak"),
+    "warmup": (0.05, fraction, "share of the run in which it rises; then it falls as a cosine"),
+    "weight_decay": (0.0, fraction, "L2 penalty on weights; norms and biases have none"),
+    "label_smoothing": (0.0, fraction, "share of the target that is spread over all classes"),
+    "epochs": (30, positive, "passes over the training images"),
+    "batch_size": (128, positive, "images per step, in all processes together"),
+    "train_images": (0, natural, "train on the first N of a seeded shuffle; 0: all"),
+    "images_per_class": (250, natural, "in folders: training images per class; 0: all"),
+    "image_size": (224, positive, "in folders: pixels per side"),
+    "augment": (True, bool, "crop and flip at random"),
+    "seed": (0, any_seed, "of weights, order and augmentation"),
+}
+ONLY_FOR = {        # settings that say something for these models or data sets alone
+    "layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES,
+    "cardinality": GATES.keys() - {"senet"},
+    "data_dir": ("folder",), "images_per_class": FOLDERS, "image_size": FOLDERS,
+}
+OPTIONS = {         # what changes no result
+    "workers": (max(1, min(8, os.cpu_count() // LOCAL_WORLD)), natural,
+                "in folders: processes that decode images, per training process"),
+    "device": ("cuda" if torch.cuda.is_available() else "cpu", ("cpu", "cuda"), "where to compute"),
+    "compile": (False, bool, "use torch.compile"),
+    "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
+    "restart": (False, bool, "start anew, even if the run could resume"),
+    "checkpoint_minutes": (5.0, amount, "minutes between checkpoints"),
+    "evaluate": (False, bool, "only evaluate --checkpoint, on --data-dir"),
+    "predict": (None, list, "print the five most likely classes of these image files"),
+    "report": (None, list, "print tables and charts of the runs in these folders, as Markdown"),
+    "checkpoint": (None, str, "what to evaluate or predict with; by default the run's last.pt"),
+}
 
 
-# ---------------------------------------------------------------------------------------------- The loop
+# ----------------------------------------------------------------------------------------- The loop
 
 
-def train(args, settings, data, net, optimizer, saved, out):
-    """Train to the last epoch, from the start or from the checkpoint `saved`; returns the history, a dict an epoch."""
-    rank, world = process()
-    model = net
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        model.broadcast_buffers = False     # they go round before they are saved or used, not at every step
-    if args.compile:
-        model = torch.compile(model)
-    step, history, total = 0, [], settings["epochs"] * data.steps
-    losses = torch.zeros(data.steps, device=data.device)        # of the running epoch, one a step
-    began = time.perf_counter()
-    if saved:
-        step, history = saved["step"], saved["history"]
-        fill(net, saved)
-        optimizer.load_state_dict(saved["optimizer"])
-        losses.copy_(saved["losses"])
-        began -= saved["seconds"]
-    watch, progress = Watch(args.checkpoint_minutes), Progress(total, step)
+def train(run, model, data):
+    """Train from where `run` stands to the last epoch.  `model` is run.net, perhaps wrapped."""
+    settings, optimizer = run.settings, run.optimizer
+    total = settings["epochs"] * data.steps
 
-    def gather():
-        """Make the buffers alike in all processes; stop if losses or weights are no longer numbers."""
-        if world > 1:
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
-        check_finite(losses, net, step)
-
-    def save():
-        gather()
-        if rank == 0:
-            checkpoint = dict(settings=settings, network=network(settings, data.classes), classes=data.classes, step=step,
-                              history=history, losses=losses, seconds=time.perf_counter() - began, model=net.state_dict(),
-                              optimizer=optimizer.state_dict(), torch=str(torch.__version__))
-            write(out / "last.pt", lambda file: torch.save(checkpoint, file))
-        watch.last = time.monotonic()
-
-    def save_or_stop(evaluating=False):
-        number, due = watch.agree()
-        if number or (due and not evaluating):      # evaluation changes nothing that would be worth saving
-            save()
-        if number:
-            if world > 1:       # the first process to leave would get the others killed in the middle of the save
-                dist.barrier()
-            progress.clear()
-            sys.exit(128 + number)      # as shells report a signal
-
-    for epoch in range(len(history), settings["epochs"]):
-        net.train()
-        for images, labels in data.train_batches(epoch, first_step=step - epoch * data.steps):
-            torch.manual_seed(mix(settings["seed"], rank, step))        # so dropout is a function of the step, too
+    for epoch in range(len(run.history), settings["epochs"]):
+        run.net.train()
+        for images, labels in data.train_batches(epoch, first_step=run.step - epoch * data.steps):
+            # What the network draws, such as dropout, depends on the step alone.
+            torch.manual_seed(mix(settings["seed"], RANK, run.step))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, settings["warmup"], settings["lr"])
+                group["lr"] = learning_rate(run.step, total, settings["warmup"], settings["lr"])
+
             with autocast(data.device):
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[step % data.steps] = loss.detach()           # left on the device: reading it would wait for it
-            if world > 1:
-                dist.all_reduce(losses[step % data.steps])
-                losses[step % data.steps] /= world
-            step += 1
-            progress.show(step, losses, data)
-            save_or_stop()
-        gather()
-        seconds = time.perf_counter() - began
-        result = evaluate(net, data, after_batch=lambda: save_or_stop(evaluating=True))
-        history.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], train_loss=losses.mean().item(),
-                            test_loss=result["loss"], top1=result["top1"], top5=result["top5"],
-                            images_per_second=data.steps * data.batch_size / seconds, seconds=seconds))
-        progress.epoch(history[-1], settings["epochs"])
-        if rank == 0:
-            write(out / "metrics.csv", lambda file: file.write(as_csv(history)))
-        losses.zero_()
-        began = time.perf_counter()
-    save()
-    return history
 
+            run.after_step(loss)        # saves when it is time, and stops when a signal came
 
-def make_optimizer(net, settings):
-    groups = [dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=settings["weight_decay"]),
-              dict(params=[p for p in net.parameters() if p.ndim <= 1], weight_decay=0.0)]    # norms and biases
-    if settings["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, settings["lr"], momentum=0.9, nesterov=True, fused=True)
-    return torch.optim.Adam(groups, settings["lr"], fused=True)
+        run.after_steps()
+        run.after_epoch(evaluate(run.net, data, after_batch=run.stop_if_asked))
+    run.save()
 
 
 def learning_rate(step, total, warmup, peak):
-    """Up to `peak` in a straight line over the first `warmup` share of all steps, then down to 0 as a cosine."""
+    """Up to `peak` in a line over the first `warmup` share of the steps, then to 0 as a cosine."""
     rise = max(1, round(warmup * total))
     if step < rise:
         return peak * (step + 1) / rise
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total - rise)))
 
 
+def make_optimizer(net, settings):
+    """Adam, or SGD with Nesterov momentum; matrices and kernels decay, norms and biases do not."""
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    free = [p for p in net.parameters() if p.ndim <= 1]
+    groups = [dict(params=decayed, weight_decay=settings["weight_decay"]),
+              dict(params=free, weight_decay=0.0)]
+    if settings["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, settings["lr"], momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.Adam(groups, settings["lr"], fused=True)
+
+
+@functools.cache
+def precision(device):
+    """bfloat16 on a GPU that computes in it (Ampere and later), float32 everywhere else."""
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float32
+
+
 def autocast(device):
-    """On a GPU, convolutions and matrix products run in bfloat16, whose range needs no loss scaling."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    """Convolutions and matrix products in bfloat16, whose range needs no scaling of the loss."""
+    enabled = precision(device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
 def evaluate(net, data, after_batch=lambda: None):
-    """Over all test images, each once: loss, top1 and top5 (in %), and per_class, the top-1 of each class (in %)."""
+    """Loss over all test images, and in %: top1, top5, and per_class, the top-1 of each class."""
     net.eval()
     top = min(5, len(data.classes))
-    sums = torch.zeros(2, dtype=torch.float64, device=data.device)                          # loss, top-5 hits
-    classes = torch.zeros(2, len(data.classes), dtype=torch.float64, device=data.device)    # top-1 hits, images
+    exact = dict(dtype=torch.float64, device=data.device)
+    sums = torch.zeros(2, **exact)                          # loss, top-5 hits
+    classes = torch.zeros(2, len(data.classes), **exact)    # of each class: top-1 hits, images
+
     for images, labels in data.test_batches():
         with autocast(data.device):
             logits = net(images)
-        hits = logits.topk(top).indices == labels[:, None]                                  # (B, 5)
-        sums += torch.stack([F.cross_entropy(logits.double(), labels, reduction="sum"), hits.sum()])
+        loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+        hits = logits.topk(top).indices == labels[:, None]                          # (B, 5)
+        sums += torch.stack([loss, hits.sum()])
         classes.index_add_(1, labels, torch.stack([hits[:, 0], torch.ones_like(labels)]).double())
         after_batch()
-    if process()[1] > 1:
+
+    if WORLD > 1:
         dist.all_reduce(sums)
         dist.all_reduce(classes)
     (loss, top5), (right, seen) = sums.tolist(), classes
@@ -274,82 +227,225 @@ def evaluate(net, data, after_batch=lambda: None):
                 per_class=(100 * right / seen).tolist())
 
 
-def check_finite(losses, net, step):
-    """End the run where a loss or a weight is no longer a number; called before every save, so last.pt stays good."""
-    bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
-    if bad:
-        step = (step - 1) // len(losses) * len(losses) + bad[0] + 1         # counted from 1, as `step` is after a step
-    elif all(tensor.isfinite().all() for tensor in net.state_dict().values()):
-        return
-    raise ValueError(f"the loss or the weights are no longer finite at step {step}; the last checkpoint is from before it; "
-                     "try a smaller --lr")
+# -------------------------------------------------------------------------- The run, which survives
 
 
-# ----------------------------------------------------------------------------------- Processes and signals
+class Run:
+    """The state of a run, which is what last.pt holds, and when it is written.
 
+    settings, network, classes, identity    what is trained: flags, build_model's arguments, names,
+                                            and what the data set says of its images
+    step       training steps done
+    history    one dict per finished epoch, the rows of metrics.csv
+    losses     one per step of the running epoch, (steps,), on the device
+    seconds    of training in the running epoch, without evaluation
+    """
 
-def process():
-    """(rank, world): which process this is, and of how many."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    STATE = ("settings", "network", "classes", "identity", "step", "history", "losses", "seconds")
 
+    def __init__(self, folder, settings, data, net, optimizer, minutes=5.0):
+        self.folder, self.net, self.optimizer, self.minutes = folder, net, optimizer, minutes
+        self.settings, self.network = settings, network_of(settings, data.classes)
+        self.classes, self.identity = data.classes, data.identity
+        self.step, self.history, self.seconds = 0, [], 0.0
+        self.losses = torch.zeros(data.steps, device=data.device)
+        self.signal = 0             # the one that asked the run to stop
 
-class Watch:
-    """Says when to save and when to stop, alike in all processes.  A second Ctrl-C stops at once."""
+    def resume(self, saved):
+        """Go on from a checkpoint.  Raises ValueError if it belongs to another run."""
+        before, now = saved["settings"] | saved["identity"], self.settings | self.identity
+        changed = [difference_in_words(key, before.get(key), now.get(key))
+                   for key in {**before, **now}
+                   if before.get(key) != now.get(key) and key != "data_dir"]    # it may have moved
+        if changed:
+            raise ValueError(f"{self.folder} holds a run with other settings or data: "
+                             f"{'; '.join(changed)}; pass another --out, or --restart")
 
-    def __init__(self, minutes):
-        self.number, self.minutes, self.last = 0, minutes, time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.notice)
+        with explained(self.folder / "last.pt"):
+            self.net.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.losses.copy_(saved["losses"])
+        self.step, self.history, self.seconds = saved["step"], saved["history"], saved["seconds"]
+
+    def begin(self):
+        """From here on, a signal is noticed after the running step; a second one ends the run."""
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name, None)        # Windows has no SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores it
+                signal.signal(number, self.notice)
+        self.saved_at, self.now = time.monotonic(), time.perf_counter()
+        self.progress = Progress(self)
 
     def notice(self, number, frame):
-        self.number = number
-        if process()[1] == 1:       # torchrun passes Ctrl-C on, so there each process gets it twice
+        self.signal = number
+        if WORLD == 1:      # torchrun passes Ctrl-C on, so there each process gets it twice
             signal.signal(number, signal.SIG_DFL)
 
-    def agree(self):
-        """(the signal that came or 0, whether a checkpoint is due)."""
-        due = time.monotonic() - self.last > 60 * self.minutes
-        flags = torch.tensor([self.number, due])
-        if process()[1] > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)       # on the CPU, by gloo: the GPU does not wait
-        return flags.tolist()
+    def after_step(self, loss):
+        """Count a training step.  Then save if it is time, and stop if a signal came."""
+        place = self.step % len(self.losses)
+        self.losses[place] = loss.detach()      # stays on the device: reading it would wait
+        if WORLD > 1:
+            dist.all_reduce(self.losses[place])
+            self.losses[place] /= WORLD
+        self.step += 1
+        self.count_time()
+
+        self.progress.show(place)
+        due = time.monotonic() - self.saved_at > 60 * self.minutes
+        self.stop_if_asked(save=due)
+
+    def stop_if_asked(self, save=False):
+        """Save if asked to; save and leave the program if a signal came; all processes alike."""
+        flags = torch.tensor([self.signal, save])
+        if WORLD > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)       # on the CPU: the GPU does not wait
+        number, save = flags.tolist()
+        if number or save:
+            self.save()
+        if number:
+            if WORLD > 1:       # torchrun ends the others as soon as one process has left
+                dist.barrier()
+            self.progress.clear()
+            sys.exit(128 + number)      # as shells report a signal
+
+    def after_steps(self):
+        """The training steps of an epoch are done: get ready to evaluate."""
+        self.synchronise()
+        self.count_time()
+
+    def synchronise(self):
+        """Make buffers alike in all processes, and stop at losses or weights that are no numbers.
+
+        Called before the weights are saved or evaluated, so last.pt never holds broken ones.
+        """
+        if WORLD > 1:
+            for buffer in self.net.buffers():
+                dist.broadcast(buffer, 0)
+        check_finite(self.losses, self.net, self.step)
+
+    def after_epoch(self, result):
+        """Append a row to the history, write metrics.csv and print the row."""
+        self.history.append(dict(
+            epoch=len(self.history) + 1, lr=self.optimizer.param_groups[0]["lr"],
+            train_loss=self.losses.mean().item(), test_loss=result["loss"],
+            top1=result["top1"], top5=result["top5"],
+            images_per_second=len(self.losses) * self.settings["batch_size"] / self.seconds,
+            seconds=self.seconds))
+        if RANK == 0:
+            write(self.folder / "metrics.csv", as_csv(self.history))
+        self.progress.row(self.history[-1])
+
+        self.losses.zero_()
+        self.seconds, self.now = 0.0, time.perf_counter()
+
+    def save(self):
+        self.synchronise()
+        if RANK == 0:
+            state = {name: getattr(self, name) for name in self.STATE}
+            state |= dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+                          torch=str(torch.__version__))
+            write(self.folder / "last.pt", lambda file: torch.save(state, file))
+        self.saved_at = time.monotonic()
+
+    def count_time(self):
+        before, self.now = self.now, time.perf_counter()
+        self.seconds += self.now - before
 
 
-# --------------------------------------------------------------------------------------- Progress and files
+def check_finite(losses, net, step):
+    """Raises ValueError, with the step's number, if a loss or a weight is no longer finite."""
+    bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
+    if bad:
+        first = (step - 1) // len(losses) * len(losses)     # steps are counted from 1
+        step = first + bad[0] + 1
+    elif all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        return
+    raise ValueError(f"the loss or the weights are no longer finite at step {step}; "
+                     "the last checkpoint is from before it; try a smaller --lr")
+
+
+def difference_in_words(key, before, now):
+    """How a setting, or a list of classes, differs from what it was."""
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = (", ".join(sorted(set(a) - set(b))[:5]) or "without these"
+                       for a, b in ((before, now), (now, before)))
+    return f"{key}: was {before}, is {now}"
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep a second process out of a run's folder.  Raises ValueError if one is in there.
+
+    The system frees the lock when the process ends, even if it is killed.  lockf's lock belongs to
+    this process alone, while flock's would also be held by workers that outlive it for a moment.
+    """
+    if RANK > 0 or not fcntl:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):     # else: a disk without locks
+                raise ValueError(f"another process is training in {folder}; wait for it, or pass "
+                                 "another --out") from None
+        yield
 
 
 class Progress:
-    """What the terminal shows: a line an epoch, and on a terminal one that moves within the epoch."""
+    """What the terminal shows: a row per epoch and, on a terminal, a line that moves within it."""
 
-    def __init__(self, total, step):
-        self.on = process()[0] == 0
-        self.live = self.on and sys.stdout.isatty()
-        self.total, self.first, self.step, self.start, self.last = total, step, step, time.monotonic(), 0
-        if self.on:
+    def __init__(self, run):
+        self.run, self.first, self.start, self.shown = run, run.step, time.monotonic(), 0
+        self.live = RANK == 0 and sys.stdout.isatty()
+        if RANK == 0:
             print("  epoch        lr train loss test loss   top-1   top-5  images/s time left")
 
     def left(self):
-        each = (time.monotonic() - self.start) / max(1, self.step - self.first)
-        return str(datetime.timedelta(seconds=round(each * (self.total - self.step))))
+        per_step = (time.monotonic() - self.start) / max(1, self.run.step - self.first)
+        steps = self.run.settings["epochs"] * len(self.run.losses) - self.run.step
+        return str(datetime.timedelta(seconds=round(per_step * steps)))
 
-    def show(self, step, losses, data):
-        self.step = step
-        if self.live and time.monotonic() - self.last > 1:      # rarely: reading the loss waits for the device
-            self.last = time.monotonic()
-            within = (step - 1) % data.steps
-            speed = (step - self.first) * data.batch_size / (self.last - self.start)
-            print(f"\r\033[Kstep {within + 1}/{data.steps}  loss {losses[within]:.3f}  {speed:,.0f} images/s  "
-                  f"{self.left()} left", end="", flush=True)
+    def show(self, place):
+        if self.live and time.monotonic() - self.shown > 1:     # rarely: it waits for the device
+            self.shown = time.monotonic()
+            print(f"\r\033[Kstep {place + 1}/{len(self.run.losses)}  "
+                  f"loss {self.run.losses[place]:.3f}  {self.left()} left", end="", flush=True)
+
+    def row(self, row):
+        self.clear()
+        if RANK == 0:
+            print(f"{row['epoch']:>3}/{self.run.settings['epochs']:<3} {row['lr']:>9.2e} "
+                  f"{row['train_loss']:>10.4f} {row['test_loss']:>9.4f} {row['top1']:>6.2f}% "
+                  f"{row['top5']:>6.2f}% {row['images_per_second']:>9,.0f} {self.left():>9}",
+                  flush=True)
 
     def clear(self):
         if self.live:
             print("\r\033[K", end="", flush=True)
 
-    def epoch(self, row, epochs):
-        self.clear()
-        if self.on:
-            print(f"{row['epoch']:>3}/{epochs:<3} {row['lr']:>9.2e} {row['train_loss']:>10.4f} {row['test_loss']:>9.4f} "
-                  f"{row['top1']:>6.2f}% {row['top5']:>6.2f}% {row['images_per_second']:>9,.0f} {self.left():>9}", flush=True)
+
+# -------------------------------------------------------------------------------------------- Files
+
+
+def write(path, content):
+    """Replace a file at once: a crash or a full disk leaves the old one whole.
+
+    content    bytes, or a function that writes to the open file it is given.
+    """
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        with open(draft, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
+        draft.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); free some disk space, "
+                      "then run the same command to resume from the last checkpoint") from None
 
 
 def as_csv(history):
@@ -357,299 +453,546 @@ def as_csv(history):
     return "".join(",".join(map(str, row)) + "\n" for row in table).encode()
 
 
-def write(path, put):
-    """Replace `path` by what put(file) writes, at once: a crash or a full disk leaves the old file whole."""
-    draft = path.with_name(path.name + ".tmp")
-    try:
-        with open(draft, "wb") as file:
-            put(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except (OSError, RuntimeError) as error:        # torch reports a full disk as a RuntimeError
-        draft.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path} ({str(error).splitlines()[0]}); make room, then the same command goes on "
-                      "from the last checkpoint") from None
+def read_checkpoint(path):
+    """What a run saved in `path`, a dict.  Raises FileNotFoundError, or ValueError for other files.
 
-
-# -------------------------------------------------------------------------------------------------- Report
-
-PAPER_TOP1 = {("cifar100", "3,4,6,3"): {"resnet": 61.72, "senet r=32": 62.26, "senetv2 r=32 K=4 (= senet r=8)": 63.52},
-              ("cifar10", "1,1,1,1"): {"resnet": 77.38, "senet r=32": 77.79, "senetv2 r=32 K=4 (= senet r=8)": 78.60}}
-NETWORK = ("model", "reduction", "cardinality", "residual")     # what the rows of a table differ in
-COLOURS = dict(grey="#888888", blue="#1f77b4", green="#2ca02c", red="#d62728", orange="#ff7f0e", purple="#9467bd", brown="#8c564b")
-
-
-def label(settings):
-    r, k = settings.get("reduction"), settings.get("cardinality")
-    text = settings["model"] + (f" r={r}" if r else "") + (f" K={k}" if k else "")
-    if settings["model"] == "senetv2" and 256 % r == 0 == r % k:        # no channel is cut off
-        text += f" (= senet r={r // k})"
-    return text + " residual" * settings.get("residual", False)
-
-
-def command(settings):
-    """The flags that differ from the defaults of the recipe and data set, without the seed."""
-    default = vars(make_parser(settings["recipe"], settings["dataset"]).parse_args([])) | dict(model=None, dataset=None)
-    flags = ["python train.py"]
-    for key, value in settings.items():
-        if key != "seed" and value != default[key]:
-            name = key.replace("_", "-")
-            flags.append(f"--{name}" if value is True else f"--no-{name}" if value is False else f"--{name} {value}")
-    return " ".join(flags)
-
-
-def run_report(folders):
-    """Print, as Markdown, a table and a chart for all finished runs that differ in network and seed alone.
-
-    A run counts by its config.json and metrics.csv; its accuracy is that of the last epoch.  Of two with all settings alike
-    (a copy, or one after an edit of the code) the first folder counts, and the other is named where it differs.
+    weights_only: it holds tensors and plain values, and a file that would run code is refused.
     """
-    runs, left_out = {}, []
-    for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
-        try:
-            about = json.loads(path.read_text())
-            about["rows"] = list(csv.DictReader(path.with_name("metrics.csv").read_text().splitlines()))
-            settings, missing = about["settings"], about["settings"]["epochs"] - len(about["rows"])
-        except (ValueError, KeyError, TypeError, OSError):
-            left_out.append(f"- {path.parent}: no run of train.py")
-            continue
-        if missing:
-            left_out.append(f"- {path.parent}: {len(about['rows'])} of {settings['epochs']} epochs")
-            continue
-        shared = tuple((k, v) for k, v in settings.items() if k not in NETWORK + ("seed",))
-        first = runs.setdefault(shared, {}).setdefault(label(settings), {}).setdefault(settings["seed"], about)
-        top1, other = (float(run["rows"][-1]["top1"]) for run in (about, first))
-        if top1 != other:
-            left_out.append(f"- {path.parent}: top-1 {top1:.2f}%, where a run of the same settings above has {other:.2f}%")
-    for shared, networks in runs.items():
-        print_table(dict(shared), dict(sorted(networks.items(), key=lambda item: next(iter(item[1].values()))["parameters"])))
-    if left_out:
-        print("\nIn no table:\n\n" + "\n".join(left_out))
-    if not runs and not left_out:
-        raise ValueError(f"no run (a folder with config.json and metrics.csv) under {' '.join(folders)}; train first")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint {path}; train first, or give the path of a last.pt")
+    with open(path, "rb") as file, contextlib.suppress(Exception):  # whatever a hostile file raises
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if saved.keys() >= {*Run.STATE, "model", "optimizer"}:
+            return saved
+    raise ValueError(f"{path} is not a valid checkpoint of this version; give another one, or pass "
+                     "--restart to train anew")
 
 
-def print_table(shared, networks):
-    size = shared.get("train_images", 0)
-    print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, {shared['epochs']} epochs"
-          + f", layers {shared['layers']}" * ("layers" in shared) + "\n")
-    print(", ".join(f"{key} {shared[key]}" for key in ("recipe", "optimizer", "lr", "batch_size", "stem") if key in shared) + ".\n")
-    top1 = {name: {seed: float(run["rows"][-1]["top1"]) for seed, run in seeds.items()} for name, seeds in networks.items()}
-    paper = PAPER_TOP1.get((shared["dataset"], shared.get("layers")), {})
-    print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 | in the paper | images/s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, seeds in networks.items():
-        run = next(iter(seeds.values()))
-        speed = statistics.median(float(row["images_per_second"]) for run in seeds.values() for row in run["rows"])
-        claim = format(paper[name], ".2f") if name in paper else "-"
-        print(f"| {name} | {run['parameters']:,} | {len(seeds)} | {mean_and_spread(top1[name].values())} "
-              f"| {difference(top1, name, 'resnet')} | {difference(top1, name, 'senet r=32')} | {claim} | {speed:,.0f} |")
-    machines = sorted({f"{run['device']}, torch {run['torch']}" for seeds in networks.values() for run in seeds.values()})
-    print("\ntop-1: last epoch, mean ± standard deviation over seeds; differences: paired by seed, mean ± standard error. "
-          f"{'; '.join(machines)}.\n\n```bash")
-    for seeds in networks.values():
-        settings = next(iter(seeds.values()))["settings"]
-        print(f"for seed in {' '.join(map(str, sorted(seeds)))}; do {command(settings)} --seed $seed; done")
-    epochs = list(range(1, shared["epochs"] + 1))
-    palette = json.dumps({"themeVariables": {"xyChart": {"plotColorPalette": ",".join(COLOURS.values())}}})
-    print(f"```\n\n```mermaid\n%%{{init: {palette}}}%%\nxychart-beta")
-    print(f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"')
-    print(f'    x-axis "epoch" {epochs if len(epochs) < 25 else f"1 --> {len(epochs)}"}\n    y-axis "top-1 (%)"')
-    for seeds in networks.values():
-        columns = zip(*([float(row["top1"]) for row in run["rows"]] for run in seeds.values()))
-        print(f"    line [{', '.join(f'{statistics.fmean(column):.2f}' for column in columns)}]")
-    print(f"```\n\nLines: {'; '.join(f'{name} {colour}' for name, colour in zip(networks, COLOURS))}.")
+@contextlib.contextmanager
+def explained(path):
+    """Turn what torch raises for a checkpoint that does not fit into one line."""
+    try:
+        yield
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = (str(error).splitlines() or [""])[:2][-1].strip()
+        raise ValueError(f"{path} does not fit the network that this code builds ({reason}); undo "
+                         "what was edited since, or train anew with --restart or another --out"
+                         ) from None
 
 
-def mean_and_spread(values, style=".2f", divisor=1):
-    """The mean and, of several values, their standard deviation over `divisor`."""
-    values = list(values)
-    return f"{statistics.fmean(values):{style}}" + (f" ± {statistics.stdev(values) / divisor:.2f}" if len(values) > 1 else "")
+def load(path):
+    """The network of a checkpoint: on the CPU, in eval mode.
+
+    .classes       the names of its classes
+    .settings      the settings of its run
+    .preprocess    makes an image, uint8 (3, H, W), the batch of one that it predicts from
+    """
+    saved = read_checkpoint(path)
+    with explained(path):
+        model = build_model(**saved["network"])
+        model.load_state_dict(saved["model"])
+        model.classes, model.settings = saved["classes"], saved["settings"]
+        model.preprocess = Preprocess(**accepted_by(Preprocess, model.settings))
+    return model.eval()
 
 
-def difference(top1, name, base):
-    """Mean and standard error of the differences between runs of the same seed."""
-    gaps = [top1[name][seed] - top1[base][seed] for seed in top1[name].keys() & top1.get(base, {}).keys()]
-    return mean_and_spread(gaps, "+.2f", math.sqrt(len(gaps))) if gaps and name != base else "-"
+# ----------------------------------------------------------------------------------- Starting a run
 
 
-# ---------------------------------------------------------------------------------------------------- Runs
+def run_training(args, settings, device):
+    """Train, or resume, or print the result of a run that is finished."""
+    if settings["batch_size"] % WORLD:
+        raise ValueError(f"the batch size {settings['batch_size']} cannot be divided by {WORLD} "
+                         "processes")
+    with contextlib.closing(open_data(args, settings, device)) as data:
+        if not data.steps:
+            raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} "
+                             "training images; give a smaller --batch-size")
+
+        torch.manual_seed(settings["seed"])
+        net = build_model(**network_of(settings, data.classes))
+        checkpoint = args.out / "last.pt"
+        resuming = not args.restart and checkpoint.exists()
+        if settings.get("weights") and RANK == 0 and not resuming:      # the others get these
+            print(load_weights(net, settings["weights"], settings["model"]))
+        net.to(device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(net, settings)
+
+        with locked(args.out):
+            run = Run(args.out, settings, data, net, optimizer, args.checkpoint_minutes)
+            saved = from_first_process(lambda: read_checkpoint(checkpoint) if resuming else None)
+            if saved:
+                run.resume(saved)
+            if len(run.history) < settings["epochs"]:
+                describe(run, data, device)
+                run.begin()
+                train(run, parallel(net, args.compile), data)
+
+    if RANK == 0:
+        seconds = sum(row["seconds"] for row in run.history)
+        print(f"done: top-1 {run.history[-1]['top1']:.2f}% on the test images after "
+              f"{len(run.history)} epochs, {seconds:.0f} s of training; {printable(str(args.out))}")
 
 
-def network(settings, classes):
+def open_data(args, settings, device):
+    """The data set that the settings name.
+
+    One process downloads what is missing.  Then one of each machine does, in case the machines do
+    not share a disk.  The rest come last.
+    """
+    turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    for now in range(3 if WORLD > 1 else 1):
+        if now == turn:
+            data = load_data(root=args.data_dir, device=device, workers=args.workers, rank=RANK,
+                             world=WORLD, **accepted_by(load_data, settings))
+        if WORLD > 1:
+            dist.barrier()
+    return data
+
+
+def network_of(settings, classes):
     """The arguments of build_model."""
-    arguments = {key: settings[key] for key in ("stem", "reduction", "cardinality", "residual") if key in settings}
-    if "layers" in settings:
-        arguments["layers"] = tuple(map(int, settings["layers"].split(",")))
+    arguments = accepted_by(build_model, settings)
+    if "layers" in arguments:
+        arguments["layers"] = tuple(map(int, arguments["layers"].split(",")))
     if settings["model"] == "vit":
         arguments["image_size"] = settings.get("image_size", 32)
     return dict(name=settings["model"], num_classes=len(classes), **arguments)
 
 
-def start_from(net, source, model):
-    """Copy into `net` every tensor of `source` that has its name and shape; returns a line that says which."""
+def accepted_by(function, settings):
+    """The settings that are arguments of a function, so that no name needs to be listed twice."""
+    names = inspect.signature(function).parameters
+    return {key: value for key, value in settings.items() if key in names}
+
+
+def from_first_process(read):
+    """What `read` returns in process 0, in all processes: the machines need not share a disk."""
+    value = read() if RANK == 0 else None
+    if WORLD > 1:
+        dist.broadcast_object_list(values := [value])
+        value = values[0]
+    return value
+
+
+def parallel(net, compiled):
+    """The network as the loop calls it: one of several copies that share gradients, compiled."""
+    model = net
+    if WORLD > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        model.broadcast_buffers = False     # Run.synchronise does it, not every step
+    return torch.compile(model) if compiled else model
+
+
+def describe(run, data, device):
+    """Write config.json and the rows so far, and print what is about to be trained."""
+    if RANK > 0:
+        return
+    hardware = (torch.cuda.get_device_name() if device.type == "cuda"
+                else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    count = sum(p.numel() for p in run.net.parameters())
+    about = dict(settings=run.settings, parameters=count, processes=WORLD, device=hardware,
+                 torch=str(torch.__version__), torchvision=str(torchvision.__version__),
+                 python=platform.python_version())
+    if run.step == 0:
+        (run.folder / "last.pt").unlink(missing_ok=True)        # of a run that is started anew
+    write(run.folder / "config.json", json.dumps(about, indent=1).encode() + b"\n")
+    write(run.folder / "metrics.csv", as_csv(run.history))
+
+    print(" ".join(f"{key}={printable(str(value))}" for key, value in run.settings.items()))
+    kind = str(precision(device)).removeprefix("torch.")
+    print(f"{count:,} parameters on {hardware}, in {kind}; {data.train_size:,} training and "
+          f"{data.test_size:,} test images; {data.steps} steps per epoch of "
+          f"{data.batch_size // WORLD} images in each of {WORLD} process(es)"
+          + (f"; resuming after step {run.step}" if run.step else ""), flush=True)
+
+
+def load_weights(net, source, model):
+    """Copy into `net` all tensors of `source` that fit by name and shape; a line that says which.
+
+    source    "imagenet", torchvision's weights of the network or its trunk; or a checkpoint's path.
+
+    Raises ValueError or FileNotFoundError for weights that cannot be read or do not fit at all.
+    """
     if source == "imagenet":
         name = "resnet50" if model in OURS else model
         try:
-            weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(check_hash=True)
+            weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
+                check_hash=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"torchvision's weights of {name} are not on this disk and cannot be had ({error}); "
-                             "leave --weights out, or give a checkpoint") from None
+            raise ValueError(f"torchvision's weights of {name} are not on this disk and cannot be "
+                             f"downloaded ({error}); leave --weights out, or give a checkpoint"
+                             ) from None
     else:
         weights = read_checkpoint(source)["model"]
+
     own = net.state_dict()
-    taken = {key: value for key, value in weights.items() if key in own and own[key].shape == value.shape}
-    if not taken:
-        raise ValueError(f"no tensor of {source} has a name and shape of {model}'s; give weights of a like network")
-    net.load_state_dict(taken, strict=False)
-    new, left = ([key for key in keys if key not in taken] for keys in (own, weights))
-    return f"weights: {len(taken)} tensors taken from {source}; new: {listed(new)}; left: {listed(left)}"
+    fitting = {key: value for key, value in weights.items()
+               if key in own and own[key].shape == value.shape}
+    if not fitting:
+        raise ValueError(f"no tensor of {source} has a name and shape of {model}'s; give the "
+                         "weights of a similar network")
+    net.load_state_dict(fitting, strict=False)
+    new, unused = (listed([key for key in keys if key not in fitting]) for keys in (own, weights))
+    return f"weights: {len(fitting)} tensors taken from {source}; new: {new}; unused: {unused}"
 
 
 def listed(names):
-    return f"{len(names)}" + f" ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" * bool(names)
+    if not names:
+        return "0"
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
-def open_data(args, settings, device):
-    """The data set that the settings name.  One process of each machine downloads what is missing, the others wait."""
-    rank, world = process()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        dist.barrier()
-    keys = ("seed", "batch_size", "augment", "erase", "train_images", "images_per_class", "image_size")
-    data = load_data(settings["dataset"], args.data_dir, device=device, workers=args.workers, rank=rank, world=world,
-                     **{key: settings[key] for key in keys if key in settings})
-    if world > 1 and first:
-        dist.barrier()
-    return data
-
-
-def run_training(args, settings, device):
-    rank, world = process()
-    if settings["batch_size"] % world:
-        raise ValueError(f"the batch size {settings['batch_size']} does not divide by {world} processes")
-    out, saved = args.out, None
-    if rank == 0 and (out / "last.pt").exists() and not args.restart:
-        saved = read_checkpoint(out / "last.pt")
-        before = saved["settings"]
-        if odd := [f"{key} was {before.get(key)}, is {settings.get(key)}"
-                   for key in {**before, **settings} if before.get(key) != settings.get(key)]:
-            raise ValueError(f"{out} holds a run with other settings: {'; '.join(odd)}; "
-                             "pass another --out, or --restart to start anew")
-    if world > 1:       # one process reads, so the machines need not share a disk; the list is filled in place
-        dist.broadcast_object_list(box := [saved])
-        saved = box[0]
-    if not saved or len(saved["history"]) < settings["epochs"]:
-        data = open_data(args, settings, device)
-        if not data.steps:
-            raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} training images; give a smaller --batch-size")
-        torch.manual_seed(settings["seed"])
-        net = build_model(**network(settings, data.classes))
-        origin = start_from(net, args.weights, args.model) if args.weights and not saved else ""
-        net.to(device, memory_format=torch.channels_last)
-        optimizer = make_optimizer(net, settings)
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            if not saved:
-                (out / "last.pt").unlink(missing_ok=True)
-            hardware = (torch.cuda.get_device_name() if device.type == "cuda"
-                        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
-            about = dict(settings=settings, parameters=sum(p.numel() for p in net.parameters()), processes=world,
-                         device=hardware, torch=str(torch.__version__), torchvision=str(torchvision.__version__),
-                         python=platform.python_version())
-            write(out / "config.json", lambda file: file.write(json.dumps(about, indent=1).encode() + b"\n"))
-            write(out / "metrics.csv", lambda file: file.write(as_csv(saved["history"] if saved else [])))
-            print(" ".join(f"{key}={value}" for key, value in settings.items()))
-            if origin:
-                print(origin)
-            print(f"{about['parameters']:,} parameters on {about['device']}, {data.train_size:,} training and "
-                  f"{data.test_size:,} test images, {data.steps} steps an epoch of {settings['batch_size'] // world} images "
-                  f"in each of {world} process(es)" + (f"; going on after step {saved['step']}" if saved else ""), flush=True)
-        history = train(args, settings, data, net, optimizer, saved, out)
-    else:
-        history = saved["history"]
-    if rank == 0:
-        print(f"done: top-1 {history[-1]['top1']:.2f}% on the test images after {len(history)} epochs, "
-              f"{sum(row['seconds'] for row in history):.0f} s of training; {out}")
+# ----------------------------------------------------------- Evaluating, predicting, looking inside
 
 
 def run_evaluation(args, device):
     net = load(args.checkpoint).to(device, memory_format=torch.channels_last)
-    data = open_data(args, net.settings | dict(train_images=0), device)
+    data = open_data(args, net.settings | dict(train_images=0), device)     # no need of any
     if data.classes != net.classes:
-        raise ValueError(f"{args.checkpoint} was trained on other classes than {args.data_dir} holds")
-    result = evaluate(net, data)
-    if process()[0] == 0:
-        for name, accuracy in zip(data.classes, result["per_class"]):
-            print(f"{accuracy:7.2f}%  {name}")
-        print(f"{data.test_size:,} test images of {net.settings['dataset']}: loss {result['loss']:.4f}, "
-              f"top-1 {result['top1']:.2f}%" + f", top-5 {result['top5']:.2f}%" * (len(data.classes) > 5))
-        if net.settings["model"] in GATES and process()[1] == 1:
+        raise ValueError(f"{args.checkpoint} was trained on other classes than {args.data_dir} "
+                         "holds")
+    with contextlib.closing(data):
+        result = evaluate(net, data)
+        if RANK == 0:
+            for name, accuracy in zip(data.classes, result["per_class"]):
+                print(f"{accuracy:7.2f}%  {printable(name)}")
+            top5 = f", top-5 {result['top5']:.2f}%" if len(data.classes) > 5 else ""
+            print(f"{data.test_size:,} test images of {net.settings['dataset']}: "
+                  f"loss {result['loss']:.4f}, top-1 {result['top1']:.2f}%{top5}")
+        if net.settings["model"] in GATES and WORLD == 1:
             look_inside(net, data, args.checkpoint.with_name("gates.png"))
 
 
 @torch.no_grad()
 def look_inside(net, data, path):
-    """Draw the mean gate of every channel for every class, and print how much it varies (as in arXiv 1709.01507, section 7.2).
+    """Draw the mean gate of each channel for each class, and print how much the gates vary.
 
-    A strip a stage, from its last bottleneck: a row a class, a column a channel, the channels sorted by their mean;
-    black is the lowest, white the highest gate of the strip.
+    After arXiv 1709.01507, section 7.2.  One strip per stage, of its last bottleneck: one row per
+    class, one column per channel, sorted by mean; from black, the strip's lowest gate, to white.
     """
     blocks = [stage[-1] for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
-    sums = [torch.zeros(3, len(data.classes), block.conv3.out_channels, dtype=torch.float64, device=data.device)
-            for block in blocks]        # of every class and channel: how many gates, their sum, the sum of their squares
+    seen = {}       # bottleneck -> the input of its gate
 
-    seen = {}
-    hooks = [block.bn3.register_forward_hook(lambda module, args, out, block=block: seen.update({block: out}))
-             for block in blocks]
+    def keep(block):
+        return lambda module, args, out: seen.update({block: out})
+
+    # Of each stage, class and channel: the number of gates, their sum, the sum of their squares.
+    sums = [torch.zeros(3, len(data.classes), block.conv3.out_channels, dtype=torch.float64,
+                        device=data.device) for block in blocks]
+    hooks = [block.bn3.register_forward_hook(keep(block)) for block in blocks]
     for images, labels in data.test_batches():
         with autocast(data.device):
             net(images)
-            gates = [block.gate.scale(seen[block]).flatten(1).double() for block in blocks]         # each (B, C)
-        for total, s in zip(sums, gates):
+            gates = [block.gate.scale(seen[block]).flatten(1).double() for block in blocks]
+        for total, s in zip(sums, gates):                                           # s is (B, C)
             total.index_add_(1, labels, torch.stack([torch.ones_like(s), s, s * s]))
-    strips = []
-    for number, (hook, (count, total, square)) in enumerate(zip(hooks, sums), start=1):
+    for hook in hooks:
         hook.remove()
-        mean = total / count                                # (classes, C)
+
+    strips = []
+    for number, (count, total, square) in enumerate(sums, start=1):
+        mean = total / count                                                        # (classes, C)
+        between = mean.std(0, correction=0).mean()
         within = (square / count - mean**2).clamp(min=0).mean(0).sqrt().mean()
-        print(f"layer{number}: mean gate {mean.mean():.3f}; standard deviation between classes {mean.std(0).mean():.4f}, "
-              f"between images of a class {within:.4f}")
+        print(f"layer{number}: mean gate {mean.mean():.3f}; standard deviation between classes "
+              f"{between:.4f}, between images of a class {within:.4f}")
+
         strip = mean[:, mean.mean(0).argsort()]
         strip = (strip - strip.min()) / (strip.max() - strip.min()).clamp(min=1e-12)
         strips.append(F.interpolate(strip[None, None], (max(100, len(strip)), 1024)))
     save_image(torch.cat(strips), path, nrow=1, padding=8, pad_value=1)
-    print(f"{path}: the gates, a strip a stage, a row a class, a column a channel")
+    print(f"{printable(str(path))}: the gates, one strip per stage, one row per class, one column "
+          "per channel")
 
 
+@torch.no_grad()
 def run_prediction(args, device):
     net = load(args.checkpoint).to(device, memory_format=torch.channels_last)
-    size = net.settings.get("image_size")
-    prepare = centre(size) if size else v2.Compose([v2.Resize(32), v2.CenterCrop(32)])
-    normalise = Normalise(STATISTICS.get(net.settings["dataset"], STATISTICS["imagenet"]), device)
-    for image in args.predict:
-        with torch.no_grad(), autocast(device):
-            logits = net(normalise(prepare(read_image(image)).to(device)[None]))[0]
+    for path in args.predict:
+        with autocast(device):
+            logits = net(net.preprocess(read_image(path)).to(device))[0]
         best = logits.double().softmax(0).topk(min(5, len(net.classes)))
-        print(image)
+        print(printable(path))
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
-            print(f"{probability:8.2%}  {net.classes[index]}")
+            print(f"{probability:8.2%}  {printable(net.classes[index])}")
+
+
+# ------------------------------------------------------------------------------------------- Report
+
+SENETV2 = "senetv2 r=32 K=4 (= senet r=8)"
+PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the paper's own recipe
+    ("cifar100", "3,4,6,3"): {"resnet": 61.72, "senet r=32": 62.26, SENETV2: 63.52},
+    ("cifar10", "1,1,1,1"): {"resnet": 77.38, "senet r=32": 77.79, SENETV2: 78.60},
+}
+NETWORK = ("model", "reduction", "cardinality", "residual", "seed")   # differ within one table
+DROPPED = {"erase": 0}      # settings of earlier versions, with the value that equals today's code
+COLOURS = {"grey": "#888888", "blue": "#1f77b4", "green": "#2ca02c", "red": "#d62728",
+           "orange": "#ff7f0e", "purple": "#9467bd", "brown": "#8c564b"}
+
+# Student's t: half of a two-sided 95 % interval in standard errors, for 1 to 30 degrees of freedom.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+       2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+       2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+def run_report(folders):
+    """Print, as Markdown, one table, verdict and chart for all finished runs that are alike in
+    everything but network and seed.
+
+    A run counts by its config.json and metrics.csv, and its accuracy is that of the last epoch.  If
+    two runs have all settings alike (a copy, or code that was edited), the first folder counts.
+    """
+    tables, left_out = {}, []
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
+        try:
+            run = read_run(path)
+        except ValueError as reason:
+            left_out.append(f"- {printable(str(path.parent))}: {reason}")
+            continue
+        networks = tables.setdefault(run["shared"], {})
+        first = networks.setdefault(run["label"], {}).setdefault(run["settings"]["seed"], run)
+        if run["top1"][-1] != first["top1"][-1]:
+            left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%, where "
+                            f"a run of the same settings above has {first['top1'][-1]:.2f}%")
+
+    for shared, networks in tables.items():
+        print_results(dict(shared), networks)
+    if left_out:
+        print("\nIn no table:\n\n" + "\n".join(left_out))
+    if not tables and not left_out:
+        raise ValueError("no run (a folder with config.json and metrics.csv) in "
+                         f"{', '.join(folders)}; train first")
+
+
+def read_run(path):
+    """What the report needs of a run.  Raises ValueError, with the reason, for what is none."""
+    try:
+        run = json.loads(path.read_text())
+        settings = {key: value for key, value in run["settings"].items()
+                    if (key, value) not in DROPPED.items()}
+        rows = list(csv.DictReader(path.with_name("metrics.csv").read_text().splitlines()))
+        run |= dict(
+            settings=settings, label=label(settings), command=command(settings),
+            machine=f"{run['device']}, torch {run['torch']}",
+            shared=tuple((k, v) for k, v in settings.items() if k not in NETWORK),
+            top1=[float(row["top1"]) for row in rows],
+            speed=[float(row["images_per_second"]) for row in rows])
+        missing = settings["epochs"] - len(rows)
+        run["parameters"] + settings["seed"] + len(settings["dataset"])     # each is what it should
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        raise ValueError("not a run of train.py") from None
+    if missing:
+        raise ValueError(f"{len(rows)} of {settings['epochs']} epochs")
+    return run
+
+
+def label(settings):
+    """The row's name in a table: the network, and the width of its gate."""
+    r, k = settings.get("reduction"), settings.get("cardinality")
+    text = settings["model"] + (f" r={r}" if r else "") + (f" K={k}" if k else "")
+    if settings["model"] == "senetv2" and 256 % r == 0 == r % k:        # no channel is cut off
+        text += f" (= senet r={r // k})"
+    return text + (" residual" if settings.get("residual") else "")
+
+
+def command(settings):
+    """The command that trains these settings, without the seed."""
+    default = defaults(settings["recipe"], settings["dataset"])
+    default |= dict(model=None, dataset=None, recipe="paper")      # the command names the first two
+    words = ["python", "train.py"]
+    for key, value in settings.items():
+        if key == "seed" or value == default[key]:
+            continue
+        flag = key.replace("_", "-")
+        words += ([f"--{flag}"] if value is True else [f"--no-{flag}"] if value is False
+                  else [f"--{flag}", str(value)])
+    return shlex.join(words)
+
+
+def print_results(shared, networks):
+    """The table of one comparison: networks -> seeds -> what read_run returned."""
+    networks = dict(sorted(networks.items(), key=lambda item: min(
+        run["parameters"] for run in item[1].values())))
+    size = shared.get("train_images", 0)
+    title = [shared["dataset"], f"{size:,} training images" if size else "all training images",
+             f"{shared['epochs']} epochs"]
+    title += [f"layers {shared['layers']}"] if "layers" in shared else []
+    recipe = [f"{key} {shared[key]}" for key in ("recipe", "optimizer", "lr", "batch_size", "stem")
+              if key in shared]
+    print(f"\n### {', '.join(title)}\n\n{', '.join(recipe)}.\n")
+
+    top1 = {name: {seed: run["top1"][-1] for seed, run in seeds.items()}
+            for name, seeds in networks.items()}
+    paper = {} if size else PAPER_TOP1.get((shared["dataset"], shared.get("layers")), {})
+    print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 "
+          "| in the paper | images/s |\n|---|---|---|---|---|---|---|---|")
+    for name, seeds in networks.items():
+        count = next(iter(seeds.values()))["parameters"]
+        speed = statistics.median(value for run in seeds.values() for value in run["speed"])
+        print(f"| {name} | {count:,} | {len(seeds)} | {mean_and_deviation(top1[name].values())} "
+              f"| {in_words(difference(top1, name, 'resnet'))} "
+              f"| {in_words(difference(top1, name, 'senet r=32'))} "
+              f"| {format(paper[name], '.2f') if name in paper else '-'} | {speed:,.0f} |")
+    machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
+    print("\ntop-1: of the last epoch, mean ± standard deviation over seeds.  Differences: paired "
+          f"by seed, mean [95 % interval].  Ran on: {'; '.join(machines)}.\n")
+
+    for name, base in ((SENETV2, "senet r=32"), ("senet r=32", "resnet")):
+        print_verdict(top1, paper, name, base)
+    print("```bash")
+    for seeds in networks.values():
+        words = next(iter(seeds.values()))["command"]
+        print(f"for seed in {' '.join(map(str, sorted(seeds)))}; do {words} --seed $seed; done")
+    print("```\n")
+    print_chart(shared, networks)
+
+
+def mean_and_deviation(values):
+    values = list(values)
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
+
+
+def difference(top1, name, base):
+    """(mean, half of the 95 % interval) of the differences between runs of one seed.
+
+    One seed gives no interval, half is None; without a common seed there is no difference: None.
+    """
+    seeds = top1.get(name, {}).keys() & top1.get(base, {}).keys()
+    if not seeds or name == base:
+        return None
+    gaps = [top1[name][seed] - top1[base][seed] for seed in seeds]
+    half = None
+    if len(gaps) > 1:
+        freedom = len(gaps) - 1
+        quantile = T95[freedom - 1] if freedom <= len(T95) else 1.960       # the normal's
+        half = quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
+    return statistics.fmean(gaps), half
+
+
+def in_words(gap):
+    if not gap:
+        return "-"
+    mean, half = gap
+    interval = f" [{mean - half:+.2f}, {mean + half:+.2f}]" if half is not None else ""
+    return f"{mean:+.2f}{interval}"
+
+
+def print_verdict(top1, paper, name, base):
+    """What the interval of a difference excludes: 0, the paper's difference, both or neither."""
+    gap = difference(top1, name, base)
+    if not gap or gap[1] is None:
+        return
+    values = {"0": 0.0}
+    if {name, base} <= paper.keys():
+        claim = paper[name] - paper[base]
+        values[f"the paper's {claim:+.2f}"] = claim
+    excluded = [text for text, value in values.items() if abs(value - gap[0]) > gap[1]]
+    included = [text for text in values if text not in excluded]
+    verdict = [f"{verb} {' and '.join(texts)}"
+               for verb, texts in (("excludes", excluded), ("includes", included)) if texts]
+    print(f"**{name} minus {base}: {in_words(gap)}.** The interval {' and '.join(verdict)}.\n")
+
+
+def print_chart(shared, networks):
+    """Test accuracy by epoch, mean over seeds, as a chart that GitHub draws."""
+    epochs = shared["epochs"]
+    axis = list(range(1, epochs + 1)) if epochs < 25 else f"1 --> {epochs}"
+    theme = {"themeVariables": {"xyChart": {"plotColorPalette": ",".join(COLOURS.values())}}}
+    print(f"```mermaid\n%%{{init: {json.dumps(theme)}}}%%\nxychart-beta\n"
+          f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"\n'
+          f'    x-axis "epoch" {axis}\n    y-axis "top-1 (%)"')
+    for seeds in networks.values():
+        means = map(statistics.fmean, zip(*(run["top1"] for run in seeds.values())))
+        print(f"    line [{', '.join(f'{mean:.2f}' for mean in means)}]")
+    lines = "; ".join(f"{name} {colour}" for name, colour in zip(networks, COLOURS))
+    print(f"```\n\nLines: {lines}.")
+
+
+# ------------------------------------------------------------------------------------- Command line
+
+
+def defaults(recipe, dataset):
+    """All settings and options by name, with the defaults of a recipe and a data set."""
+    table = {name: default for name, (default, _, _) in (SETTINGS | OPTIONS).items()}
+    return table | dict(recipe=recipe) | RECIPES[recipe] | FOR_DATASET.get(dataset, {})
+
+
+def make_parser(default):
+    """The flags of train.py: one per row of SETTINGS and OPTIONS."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train and evaluate SENetV2 and what it is compared with.",
+        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name, (_, kind, meaning) in (SETTINGS | OPTIONS).items():
+        how = (dict(action=argparse.BooleanOptionalAction) if kind is bool
+               else dict(nargs="+") if kind is list
+               else dict(choices=kind) if isinstance(kind, tuple)
+               else dict(type=kind))
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, default=default[name], help=meaning, **how)
+    return parser
+
+
+def parse_args(argv=None):
+    """(args, settings): all flags, and those that define the result, as a dict of plain values.
+
+    args.out is the run's folder: runs/, then data set, network, recipe, all that is not at its
+    default, and the seed.
+    """
+    first, _ = make_parser(defaults("paper", None)).parse_known_args(argv)
+    default = defaults(first.recipe, first.dataset)
+    parser = make_parser(default)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: there is no cuda device here; pass --device cpu, or leave "
+                     "it out")
+
+    def matters(key):
+        return key not in ONLY_FOR or {args.model, args.dataset} & set(ONLY_FOR[key])
+
+    settings = {key: value for key, value in vars(args).items()
+                if key in SETTINGS and value is not None and matters(key)}
+    changed = [f"{key}{value}".replace("/", "_") for key, value in settings.items()
+               if value != default[key] and key not in ("dataset", "model", "recipe", "seed")]
+    name = "-".join([args.dataset, args.model, args.recipe, *changed, f"seed{args.seed}"])
+    args.out = Path(args.out or Path("runs", name))
+    args.checkpoint = Path(args.checkpoint or args.out / "last.pt")
+    return args, settings
+
+
+def start_processes(args):
+    """Choose this process's GPU, and meet the other processes that torchrun has started."""
+    if args.device == "cuda":
+        if LOCAL_RANK >= torch.cuda.device_count():
+            raise ValueError(f"there are more processes than the {torch.cuda.device_count()} GPUs "
+                             "here; start one process per GPU")
+        torch.cuda.set_device(LOCAL_RANK)                   # what "cuda" means from here on
+        torch.backends.cudnn.benchmark = True               # shapes never change: look for the
+        torch.set_float32_matmul_precision("high")          # fastest kernels once; use TF32
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+
+
+def give_up(message, code=1):
+    """Print one line and leave, without waiting for processes that may be waiting for this one."""
+    print(f"train.py: error: {printable(message)}", file=sys.stderr, flush=True)
+    if WORLD > 1:
+        os._exit(code)              # torchrun ends the others
+    sys.exit(code)
+
+
+def leave_processes():
+    if WORLD > 1 and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(argv=None):
     args, settings = parse_args(argv)
     device = torch.device(args.device)
+
     try:
-        if args.device == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            if local >= torch.cuda.device_count():
-                raise ValueError(f"more processes than the {torch.cuda.device_count()} GPUs here; give one process a GPU")
-            torch.cuda.set_device(local)                        # what "cuda" means from here on
-            torch.backends.cudnn.benchmark = True               # the shapes never change: find the fastest kernels once
-            torch.set_float32_matmul_precision("high")          # TF32 for what stays in float32
-        if "RANK" in os.environ:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+        start_processes(args)
         if args.report:
             run_report(args.report)
         elif args.predict:
@@ -658,11 +1001,19 @@ def main(argv=None):
             run_evaluation(args, device)
         else:
             run_training(args, settings, device)
+
+    except SystemExit:              # a signal: all processes leave together
+        leave_processes()
+        raise
+    except KeyboardInterrupt:       # before the first step there is nothing to save
+        give_up("interrupted", 128 + signal.SIGINT)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        give_up(str(error))
+    except RuntimeError as error:
+        if WORLD == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        give_up("another process of this run has failed; give the same command again to resume")
+    leave_processes()
 
 
 if __name__ == "__main__":
