@@ -7,13 +7,13 @@
     folder              the same layout with images of your own; all of them
 
 The first three are small.  They are held whole, as uint8, on the device that trains, and whole
-batches are shuffled, cropped, flipped and normalised there.  The JPEGs of a folder are decoded by
+batches are gathered, cropped, flipped and normalised there.  The JPEGs of a folder are decoded by
 worker processes, turned as their EXIF orientation says, and made RGB.
 
-One promise makes an interrupted run equal to one that was not, and several processes equal to one:
-the batch of a step is a pure function of (seed, epoch, step).  So all randomness is drawn on the
-CPU, from seeds made of (seed, epoch): the order of the images, and the crop and the flip of each.
-Every process takes its share of the batch.
+One promise makes an interrupted run equal to one that was not, and gives several processes the
+batches of one: the batch of a step is a pure function of (seed, epoch, step).  So all randomness is
+drawn on the CPU, from seeds made of (seed, epoch): the order of the images, and the crop and the
+flip of each.  Every process takes its share of the batch.
 
 The paper does not say how it augments.  We do what is usual.  CIFAR and shapes are padded by 4
 zeros per side, cropped back and flipped (arXiv 1512.03385, section 4.2).  Images of folders are
@@ -55,7 +55,7 @@ STATISTICS = {
     "shapes": ((0.4980, 0.5020, 0.5016), (0.2835, 0.2855, 0.2844)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),     # as its weights expect
 }
 STATISTICS["folder"] = STATISTICS["imagenet"]       # close enough for any photographs
 
@@ -93,7 +93,7 @@ def share(step, batch_size, rank, world):
     return slice(start, start + size)
 
 
-def test_shares(size, batch_size, rank, world):
+def shares_of_test(size, batch_size, rank, world):
     """This process's part of each batch of test images; all processes get equally many batches."""
     for start in range(0, size, batch_size):
         yield slice(start + rank, start + batch_size, world)
@@ -103,6 +103,7 @@ def subset(size, count, seed):
     """The indices of the first `count` images of a seeded shuffle, sorted; all of them for 0."""
     if count > size:
         raise ValueError(f"--train-images is {count}, but there are {size} training images")
+    # numpy ignores zeros at the end of a seed: this is the order of epoch 0, too.  It does no harm.
     return np.sort(np.random.default_rng([seed]).permutation(size)[:count or size])
 
 
@@ -161,7 +162,7 @@ class InMemory:
 
     def test_batches(self):
         """Yield this process's share of the test images, each exactly once and not augmented."""
-        for part in test_shares(self.test_size, self.batch_size, self.rank, self.world):
+        for part in shares_of_test(self.test_size, self.batch_size, self.rank, self.world):
             yield self.normalise(self.test_images[part]), self.test_labels[part]
 
     def view(self, index, epoch=None):
@@ -186,7 +187,7 @@ class InMemory:
 
     def _send(self, array):
         tensor = torch.from_numpy(np.asarray(array))
-        if self.device.type == "cuda":                      # from pinned memory nobody waits for it
+        if self.device.type == "cuda":                  # a copy from pinned memory does not block
             tensor = tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor
 
@@ -236,7 +237,7 @@ def draw_shapes(count, seed, size=32):
 
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     radius = uniform(6, 12, count, 1, 1)                                    # pixels
-    centre = size / 2 + uniform(-1, 1, 2, count, 1, 1) * (size / 2 - radius)
+    middle = size / 2 + uniform(-1, 1, 2, count, 1, 1) * (size / 2 - radius)
     angle = uniform(0, 2 * math.pi, count, 1, 1)
 
     # The two colours differ by 0.3 or more in each of red, green and blue.
@@ -244,7 +245,7 @@ def draw_shapes(count, seed, size=32):
     fore = (back + uniform(0.3, 0.7, count, 3, 1, 1)) % 1
 
     # Each pixel's place on the axes of the figure, where its radius is 1; all (count, H, W).
-    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5)[:, None] - centre
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5)[:, None] - middle
     u = (x * np.cos(angle) + y * np.sin(angle)) / radius
     v = (y * np.cos(angle) - x * np.sin(angle)) / radius
     outside = np.empty_like(u)                                              # > 0 outside the figure
@@ -292,7 +293,7 @@ def printable(text):
 
 
 def read_image(path):
-    """uint8 (3, H, W), turned as its EXIF orientation says; ValueError for what is no image."""
+    """uint8 (3, H, W), turned as its EXIF orientation says; ValueError if it is no image."""
     try:    # numpy opens names that are not UTF-8, which torchvision does not
         content = torch.from_numpy(np.fromfile(path, np.uint8))
         image = torchvision.io.decode_image(content, mode="RGB", apply_exif_orientation=True)
@@ -399,7 +400,7 @@ class Folder:
 
     def test_batches(self):
         numbers = self.train_size + np.arange(self.test_size)
-        parts = test_shares(self.test_size, self.batch_size, self.rank, self.world)
+        parts = shares_of_test(self.test_size, self.batch_size, self.rank, self.world)
         return self._load([(None, numbers[part]) for part in parts])
 
     def view(self, index, epoch=None):

@@ -1034,6 +1034,15 @@ def test_bad_input_is_refused_in_one_line(flags, said, capsys, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []       # and leaves nothing behind
 
 
+@pytest.mark.parametrize("flags, epochs", [([], 10), (["--dataset", "cifar10"], 30),
+                                           (["--dataset", "cifar10", "--recipe", "strong"], 100)])
+def test_help_shows_the_defaults_that_count(flags, epochs, capsys):
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"passes over the training images (default: {epochs})" in text
+
+
 def test_a_batch_size_that_does_not_divide_is_refused(tmp_path, monkeypatch):
     args, settings = train.parse_args(["--batch-size", "33", "--out", str(tmp_path / "run")])
     monkeypatch.setattr(train, "WORLD", 2)
@@ -1426,6 +1435,17 @@ def test_a_folder_run_stopped_in_mid_epoch_ends_as_if_whole(folder, tmp_path, mo
     assert same_result(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_a_checkpoint_that_appears_before_the_lock_is_resumed(finished, tmp_path, monkeypatch,
+                                                              capsys):
+    def locked(folder, inner=train.locked):         # another process finishes just in time
+        shutil.copytree(finished, folder)
+        return inner(folder)
+
+    monkeypatch.setattr(train, "locked", locked)
+    train.main([*QUICK, "--out", str(tmp_path / "run")])
+    assert len(capsys.readouterr().out.splitlines()) == 1       # the result, and no training
+
+
 def test_restart_begins_anew(finished, tmp_path, monkeypatch):
     stop_at(2, signal.SIGTERM, [*QUICK, "--lr", "0.01", "--out", str(tmp_path)], monkeypatch)
     train.main([*QUICK, "--out", str(tmp_path), "--restart"])
@@ -1596,7 +1616,7 @@ def test_gates_are_measured_by_class(finished, tmp_path, capsys):
 
     assert printed[2] == (f"layer3: mean gate {means.mean():.3f}; standard deviation between "
                           f"classes {between:.4f}, between images of a class {within:.4f}")
-    assert Image.open(tmp_path / "gates.png").size == (1040, 4 * 108 + 8)
+    assert Image.open(tmp_path / "gates.png").size == (2064, 4 * 108 + 8)
     assert len(net.layer3[0].bn3._forward_hooks) == 0
 
 
@@ -1697,7 +1717,7 @@ def test_the_commands_of_the_report_give_its_settings(flags):
 def test_intervals_are_those_of_students_t(freedom):
     gaps = np.random.default_rng(freedom).normal(size=freedom + 1)
     top1 = {"net": dict(enumerate(gaps)), "base": dict.fromkeys(range(freedom + 1), 0.0)}
-    mean, half = train.difference(top1, "net", "base")
+    mean, half = train.paired_difference(top1, "net", "base")
     error = np.std(gaps, ddof=1) / (freedom + 1)**0.5
     assert mean == pytest.approx(np.mean(gaps))
     assert half == pytest.approx(TEXTBOOK.get(freedom, 1.960) * error)
@@ -2187,8 +2207,8 @@ def train_in_fork(rank, world, flags, fault=None, moment=None, step=None, victim
     if fault and rank == victim:
         strike = functools.cache(lambda: strike_with(fault, flags))     # once
         place_of = {"start-up": (train, "describe", 1),
-                    "a step": (train.Run, "after_step", step),
-                    "the last step": (train.Run, "after_step", FAULT_STEPS),
+                    "a step": (train.Run, "count", step),
+                    "the last step": (train.Run, "count", FAULT_STEPS),
                     "evaluation": (train.Run, "stop_if_asked", FAULT_STEPS // 2 + 1),
                     "a save": (os, "fsync", step)}
         owner, method, turn = place_of[moment]

@@ -1,15 +1,15 @@
 """Chapter 3: training.  Forward, loss, backward, step; and a run that survives interruptions.
 
     python train.py                                             shapes: minutes on a laptop
-    python train.py --dataset cifar10 --model senetv2           the paper's network and recipe
+    python train.py --dataset cifar100                          SENetV2-50, as in the paper
     python train.py --evaluate --checkpoint runs/NAME/last.pt   loss, top-1, top-5, each class
     python train.py --predict cat.jpg --checkpoint FILE         the five most likely classes
     python train.py --report runs results                       tables and charts of all runs
-    torchrun --nproc-per-node 8 train.py --dataset cifar10      the same run on eight GPUs
+    torchrun --nproc-per-node 8 train.py --dataset cifar100     the same batches on eight GPUs
 
 A run lives in runs/NAME, and the name says what defines its result:
 
-    config.json     its settings, and the hardware and versions that it ran on
+    config.json     its settings, and the hardware and versions that it last ran on
     metrics.csv     one row per epoch
     last.pt         everything needed to resume: give the same command again
 
@@ -82,7 +82,8 @@ four_numbers = parsed_by(str, lambda text: re.fullmatch(r"[1-9]\d*(,[1-9]\d*){3}
                          "four positive numbers, such as 3,4,6,3 or 1,1,1,1")
 
 # The paper says Adam, cross-entropy, ResNet-50 and, in its tables, r = 32 and K = 4.  It does not
-# say the rest, so the rest is our choice.  A recipe and a data set change some of the defaults.
+# say the rest, so the rest is our choice.  A recipe changes some of the defaults below, and a data
+# set wins over the recipe.
 RECIPES = {
     "paper": {},
     "strong": dict(stem="cifar", optimizer="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.1,
@@ -99,7 +100,7 @@ SETTINGS = {        # what defines a result: default, type or choices, meaning
     "model": ("senetv2", str, f"{', '.join(OURS)}; {', '.join(PEERS)}; or any other classification "
               "network of torchvision"),
     "recipe": ("paper", tuple(RECIPES), "where the defaults of optimiser and stem come from"),
-    "layers": ("3,4,6,3", four_numbers, "bottlenecks per stage; shapes has 1,1,1,1"),
+    "layers": ("3,4,6,3", four_numbers, "bottlenecks per stage; 3,4,6,3 is ResNet-50"),
     "stem": ("imagenet", STEMS, "imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1"),
     "reduction": (32, positive, "r: channels per hidden unit of one dense layer in the gate"),
     "cardinality": (4, positive, "K: dense layers side by side in the gate of senetv2"),
@@ -118,12 +119,13 @@ SETTINGS = {        # what defines a result: default, type or choices, meaning
     "augment": (True, bool, "crop and flip at random"),
     "seed": (0, any_seed, "of weights, order and augmentation"),
 }
-ONLY_FOR = {        # settings that say something for these models or data sets alone
+ONLY_FOR = {        # settings that matter for these models or data sets alone
     "layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES,
     "cardinality": GATES.keys() - {"senet"},
-    "data_dir": ("folder",), "images_per_class": FOLDERS, "image_size": FOLDERS,
+    "data_dir": ("folder",),        # for the others it is a place, not a part of the result
+    "images_per_class": FOLDERS, "image_size": FOLDERS,
 }
-OPTIONS = {         # what changes no result
+OPTIONS = {         # what does not define a result
     "workers": (max(1, min(8, os.cpu_count() // LOCAL_WORLD)), natural,
                 "in folders: processes that decode images, per training process"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu", ("cpu", "cuda"), "where to compute"),
@@ -131,7 +133,7 @@ OPTIONS = {         # what changes no result
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
     "restart": (False, bool, "start anew, even if the run could resume"),
     "checkpoint_minutes": (5.0, amount, "minutes between checkpoints"),
-    "evaluate": (False, bool, "only evaluate --checkpoint, on --data-dir"),
+    "evaluate": (False, bool, "only evaluate --checkpoint, and draw gates.png beside it"),
     "predict": (None, list, "print the five most likely classes of these image files"),
     "report": (None, list, "print tables and charts of the runs in these folders, as Markdown"),
     "checkpoint": (None, str, "what to evaluate or predict with; by default the run's last.pt"),
@@ -149,10 +151,11 @@ def train(run, model, data):
     for epoch in range(len(run.history), settings["epochs"]):
         run.net.train()
         for images, labels in data.train_batches(epoch, first_step=run.step - epoch * data.steps):
-            # What the network draws, such as dropout, depends on the step alone.
+            # What the network draws at random, such as dropout, depends on these alone.
             torch.manual_seed(mix(settings["seed"], RANK, run.step))
+            lr = learning_rate(run.step, total, settings["warmup"], settings["lr"])
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(run.step, total, settings["warmup"], settings["lr"])
+                group["lr"] = lr
 
             with autocast(data.device):
                 logits = model(images)
@@ -161,10 +164,12 @@ def train(run, model, data):
             loss.backward()
             optimizer.step()
 
-            run.after_step(loss)        # saves when it is time, and stops when a signal came
+            run.count(loss)
+            run.save_or_stop()
 
-        run.after_steps()
-        run.after_epoch(evaluate(run.net, data, after_batch=run.stop_if_asked))
+        run.check()                     # waits for the device ...
+        run.count_time()                # ... so this counts all of the epoch's training
+        run.finish_epoch(evaluate(run.net, data, after_batch=run.stop_if_asked))
     run.save()
 
 
@@ -195,14 +200,13 @@ def precision(device):
 
 
 def autocast(device):
-    """Convolutions and matrix products in bfloat16, whose range needs no scaling of the loss."""
-    enabled = precision(device) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """Convolutions and matrix products in precision(device); bfloat16 needs no loss scaling."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision(device) != torch.float32)
 
 
 @torch.no_grad()
 def evaluate(net, data, after_batch=lambda: None):
-    """Loss over all test images, and in %: top1, top5, and per_class, the top-1 of each class."""
+    """Mean loss over the test images, and in %: top1, top5, and per_class, top1 of each class."""
     net.eval()
     top = min(5, len(data.classes))
     exact = dict(dtype=torch.float64, device=data.device)
@@ -213,7 +217,7 @@ def evaluate(net, data, after_batch=lambda: None):
         with autocast(data.device):
             logits = net(images)
         loss = F.cross_entropy(logits.double(), labels, reduction="sum")
-        hits = logits.topk(top).indices == labels[:, None]                          # (B, 5)
+        hits = logits.topk(top).indices == labels[:, None]                          # (B, top)
         sums += torch.stack([loss, hits.sum()])
         classes.index_add_(1, labels, torch.stack([hits[:, 0], torch.ones_like(labels)]).double())
         after_batch()
@@ -221,7 +225,8 @@ def evaluate(net, data, after_batch=lambda: None):
     if WORLD > 1:
         dist.all_reduce(sums)
         dist.all_reduce(classes)
-    (loss, top5), (right, seen) = sums.tolist(), classes
+    loss, top5 = sums.tolist()
+    right, seen = classes
     count = seen.sum().item()
     return dict(loss=loss / count, top1=100 * right.sum().item() / count, top5=100 * top5 / count,
                 per_class=(100 * right / seen).tolist())
@@ -231,30 +236,39 @@ def evaluate(net, data, after_batch=lambda: None):
 
 
 class Run:
-    """The state of a run, which is what last.pt holds, and when it is written.
+    """A run in progress: a network, its optimiser, and what else a checkpoint must hold.
 
     settings, network, classes, identity    what is trained: flags, build_model's arguments, names,
                                             and what the data set says of its images
     step       training steps done
     history    one dict per finished epoch, the rows of metrics.csv
     losses     one per step of the running epoch, (steps,), on the device
-    seconds    of training in the running epoch, without evaluation
+    seconds    of training in the running epoch, with checkpoints and without evaluation
     """
-
-    STATE = ("settings", "network", "classes", "identity", "step", "history", "losses", "seconds")
 
     def __init__(self, folder, settings, data, net, optimizer, minutes=5.0):
         self.folder, self.net, self.optimizer, self.minutes = folder, net, optimizer, minutes
-        self.settings, self.network = settings, network_of(settings, data.classes)
-        self.classes, self.identity = data.classes, data.identity
+        self.settings, self.classes, self.identity = settings, data.classes, data.identity
         self.step, self.history, self.seconds = 0, [], 0.0
         self.losses = torch.zeros(data.steps, device=data.device)
-        self.signal = 0             # the one that asked the run to stop
+        self.stop_signal = 0            # the number of the signal that asked the run to stop
+
+    def save(self):
+        """Write last.pt: what resume() reads, in tensors and plain values only."""
+        self.check()
+        if RANK == 0:
+            state = dict(settings=self.settings, identity=self.identity, classes=self.classes,
+                         network=network_of(self.settings, self.classes),
+                         model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
+                         step=self.step, history=self.history, losses=self.losses,
+                         seconds=self.seconds, torch=str(torch.__version__))
+            write(self.folder / "last.pt", lambda file: torch.save(state, file))
+        self.saved_at = time.monotonic()
 
     def resume(self, saved):
-        """Go on from a checkpoint.  Raises ValueError if it belongs to another run."""
+        """Go on from what save() wrote.  Raises ValueError if it is another run, or other code."""
         before, now = saved["settings"] | saved["identity"], self.settings | self.identity
-        changed = [difference_in_words(key, before.get(key), now.get(key))
+        changed = [what_changed(key, before.get(key), now.get(key))
                    for key in {**before, **now}
                    if before.get(key) != now.get(key) and key != "data_dir"]    # it may have moved
         if changed:
@@ -268,21 +282,22 @@ class Run:
         self.step, self.history, self.seconds = saved["step"], saved["history"], saved["seconds"]
 
     def begin(self):
-        """From here on, a signal is noticed after the running step; a second one ends the run."""
+        """Start the clocks and the table; from here on a signal only asks the run to stop."""
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             number = getattr(signal, name, None)        # Windows has no SIGHUP
             if number and signal.getsignal(number) != signal.SIG_IGN:       # nohup ignores it
-                signal.signal(number, self.notice)
-        self.saved_at, self.now = time.monotonic(), time.perf_counter()
+                signal.signal(number, self.on_signal)
+        self.saved_at, self.counted_at = time.monotonic(), time.perf_counter()
         self.progress = Progress(self)
 
-    def notice(self, number, frame):
-        self.signal = number
+    def on_signal(self, number, frame):
+        """Remember the signal for save_or_stop.  In a single process, its second one kills."""
+        self.stop_signal = number
         if WORLD == 1:      # torchrun passes Ctrl-C on, so there each process gets it twice
             signal.signal(number, signal.SIG_DFL)
 
-    def after_step(self, loss):
-        """Count a training step.  Then save if it is time, and stop if a signal came."""
+    def count(self, loss):
+        """Count a training step, its loss (the mean over all processes) and its time."""
         place = self.step % len(self.losses)
         self.losses[place] = loss.detach()      # stays on the device: reading it would wait
         if WORLD > 1:
@@ -290,41 +305,44 @@ class Run:
             self.losses[place] /= WORLD
         self.step += 1
         self.count_time()
-
         self.progress.show(place)
-        due = time.monotonic() - self.saved_at > 60 * self.minutes
-        self.stop_if_asked(save=due)
 
-    def stop_if_asked(self, save=False):
-        """Save if asked to; save and leave the program if a signal came; all processes alike."""
-        flags = torch.tensor([self.signal, save])
-        if WORLD > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)       # on the CPU: the GPU does not wait
-        number, save = flags.tolist()
-        if number or save:
+    def count_time(self):
+        now = time.perf_counter()
+        self.seconds += now - self.counted_at
+        self.counted_at = now
+
+    def save_or_stop(self):
+        """Save when it is time; save and leave if a signal came."""
+        self.stop_if_asked(or_save=time.monotonic() - self.saved_at > 60 * self.minutes)
+
+    def stop_if_asked(self, or_save=False):
+        """Save and leave if a signal came; else save if told to.  All processes do the same."""
+        wishes = torch.tensor([self.stop_signal, or_save])
+        if WORLD > 1:                   # what one process wishes, all do
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)      # on the CPU: the GPU does not wait
+        number, or_save = wishes.tolist()
+
+        if number or or_save:
             self.save()
         if number:
-            if WORLD > 1:       # torchrun ends the others as soon as one process has left
+            if WORLD > 1:               # torchrun ends the others as soon as one has left
                 dist.barrier()
             self.progress.clear()
             sys.exit(128 + number)      # as shells report a signal
 
-    def after_steps(self):
-        """The training steps of an epoch are done: get ready to evaluate."""
-        self.synchronise()
-        self.count_time()
+    def check(self):
+        """Raises ValueError if a loss or a weight is no longer finite: last.pt never holds such.
 
-    def synchronise(self):
-        """Make buffers alike in all processes, and stop at losses or weights that are no numbers.
-
-        Called before the weights are saved or evaluated, so last.pt never holds broken ones.
+        First, every process takes the buffers of process 0 (the running means of batch norm), so
+        that all processes evaluate and judge the same network.
         """
         if WORLD > 1:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
         check_finite(self.losses, self.net, self.step)
 
-    def after_epoch(self, result):
+    def finish_epoch(self, result):
         """Append a row to the history, write metrics.csv and print the row."""
         self.history.append(dict(
             epoch=len(self.history) + 1, lr=self.optimizer.param_groups[0]["lr"],
@@ -337,36 +355,22 @@ class Run:
         self.progress.row(self.history[-1])
 
         self.losses.zero_()
-        self.seconds, self.now = 0.0, time.perf_counter()
-
-    def save(self):
-        self.synchronise()
-        if RANK == 0:
-            state = {name: getattr(self, name) for name in self.STATE}
-            state |= dict(model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
-                          torch=str(torch.__version__))
-            write(self.folder / "last.pt", lambda file: torch.save(state, file))
-        self.saved_at = time.monotonic()
-
-    def count_time(self):
-        before, self.now = self.now, time.perf_counter()
-        self.seconds += self.now - before
+        self.seconds, self.counted_at = 0.0, time.perf_counter()
 
 
 def check_finite(losses, net, step):
     """Raises ValueError, with the step's number, if a loss or a weight is no longer finite."""
     bad = losses.isfinite().logical_not().nonzero().flatten().tolist()
-    if bad:
-        first = (step - 1) // len(losses) * len(losses)     # steps are counted from 1
-        step = first + bad[0] + 1
-    elif all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+    if not bad and all(tensor.isfinite().all() for tensor in net.state_dict().values()):
         return
+    if bad:         # the first bad loss says when it began; steps are counted from 1
+        step = (step - 1) // len(losses) * len(losses) + bad[0] + 1
     raise ValueError(f"the loss or the weights are no longer finite at step {step}; "
-                     "the last checkpoint is from before it; try a smaller --lr")
+                     "any checkpoint is from before it; try a smaller --lr")
 
 
-def difference_in_words(key, before, now):
-    """How a setting, or a list of classes, differs from what it was."""
+def what_changed(key, before, now):
+    """How a setting, or a list of classes, differs from what it was, in words."""
     if isinstance(before, list) and isinstance(now, list):
         before, now = (", ".join(sorted(set(a) - set(b))[:5]) or "without these"
                        for a, b in ((before, now), (now, before)))
@@ -395,7 +399,7 @@ def locked(folder):
 
 
 class Progress:
-    """What the terminal shows: a row per epoch and, on a terminal, a line that moves within it."""
+    """What the terminal shows: a row per epoch and, on a terminal, a line of progress."""
 
     def __init__(self, run):
         self.run, self.first, self.start, self.shown = run, run.step, time.monotonic(), 0
@@ -453,6 +457,10 @@ def as_csv(history):
     return "".join(",".join(map(str, row)) + "\n" for row in table).encode()
 
 
+CHECKPOINT = {"settings", "identity", "classes", "network", "model", "optimizer", "step", "history",
+              "losses", "seconds"}
+
+
 def read_checkpoint(path):
     """What a run saved in `path`, a dict.  Raises FileNotFoundError, or ValueError for other files.
 
@@ -462,7 +470,7 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint {path}; train first, or give the path of a last.pt")
     with open(path, "rb") as file, contextlib.suppress(Exception):  # whatever a hostile file raises
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        if saved.keys() >= {*Run.STATE, "model", "optimizer"}:
+        if saved.keys() >= CHECKPOINT:
             return saved
     raise ValueError(f"{path} is not a valid checkpoint of this version; give another one, or pass "
                      "--restart to train anew")
@@ -474,7 +482,7 @@ def explained(path):
     try:
         yield
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [""])[:2][-1].strip()
+        reason = (str(error).splitlines() or [""])[:2][-1].strip()      # torch's first is a heading
         raise ValueError(f"{path} does not fit the network that this code builds ({reason}); undo "
                          "what was edited since, or train anew with --restart or another --out"
                          ) from None
@@ -489,11 +497,11 @@ def load(path):
     """
     saved = read_checkpoint(path)
     with explained(path):
-        model = build_model(**saved["network"])
-        model.load_state_dict(saved["model"])
-        model.classes, model.settings = saved["classes"], saved["settings"]
-        model.preprocess = Preprocess(**accepted_by(Preprocess, model.settings))
-    return model.eval()
+        net = build_model(**saved["network"])
+        net.load_state_dict(saved["model"])
+        net.classes, net.settings = saved["classes"], saved["settings"]
+        net.preprocess = Preprocess(net.settings["dataset"], net.settings.get("image_size", 224))
+    return net.eval()
 
 
 # ----------------------------------------------------------------------------------- Starting a run
@@ -511,19 +519,26 @@ def run_training(args, settings, device):
 
         torch.manual_seed(settings["seed"])
         net = build_model(**network_of(settings, data.classes))
-        checkpoint = args.out / "last.pt"
-        resuming = not args.restart and checkpoint.exists()
-        if settings.get("weights") and RANK == 0 and not resuming:      # the others get these
-            print(load_weights(net, settings["weights"], settings["model"]))
         net.to(device, memory_format=torch.channels_last)
         optimizer = make_optimizer(net, settings)
 
-        with locked(args.out):
+        with locked(args.out):          # before last.pt is looked for: another process may write it
             run = Run(args.out, settings, data, net, optimizer, args.checkpoint_minutes)
-            saved = from_first_process(lambda: read_checkpoint(checkpoint) if resuming else None)
-            if saved:
-                run.resume(saved)
+            checkpoint = args.out / "last.pt"
+            saved = [None]
+            if RANK == 0 and checkpoint.exists() and not args.restart:
+                saved = [read_checkpoint(checkpoint)]
+            if WORLD > 1:               # the machines need not share a disk
+                dist.broadcast_object_list(saved)
+
+            if saved[0]:
+                run.resume(saved[0])
+            elif settings.get("weights") and RANK == 0:     # parallel() copies them to the others
+                print(load_weights(net, settings["weights"], settings["model"]))
+
             if len(run.history) < settings["epochs"]:
+                if RANK == 0 and args.restart:
+                    checkpoint.unlink(missing_ok=True)
                 describe(run, data, device)
                 run.begin()
                 train(run, parallel(net, args.compile), data)
@@ -540,9 +555,9 @@ def open_data(args, settings, device):
     One process downloads what is missing.  Then one of each machine does, in case the machines do
     not share a disk.  The rest come last.
     """
-    turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
-    for now in range(3 if WORLD > 1 else 1):
-        if now == turn:
+    my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    for turn in range(3 if WORLD > 1 else 1):
+        if turn == my_turn:
             data = load_data(root=args.data_dir, device=device, workers=args.workers, rank=RANK,
                              world=WORLD, **accepted_by(load_data, settings))
         if WORLD > 1:
@@ -566,26 +581,17 @@ def accepted_by(function, settings):
     return {key: value for key, value in settings.items() if key in names}
 
 
-def from_first_process(read):
-    """What `read` returns in process 0, in all processes: the machines need not share a disk."""
-    value = read() if RANK == 0 else None
-    if WORLD > 1:
-        dist.broadcast_object_list(values := [value])
-        value = values[0]
-    return value
-
-
 def parallel(net, compiled):
     """The network as the loop calls it: one of several copies that share gradients, compiled."""
     model = net
     if WORLD > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-        model.broadcast_buffers = False     # Run.synchronise does it, not every step
+        model.broadcast_buffers = False     # Run.check does it; the argument is deprecated
     return torch.compile(model) if compiled else model
 
 
 def describe(run, data, device):
-    """Write config.json and the rows so far, and print what is about to be trained."""
+    """Print what is about to be trained; write config.json, and metrics.csv as far as it goes."""
     if RANK > 0:
         return
     hardware = (torch.cuda.get_device_name() if device.type == "cuda"
@@ -594,8 +600,6 @@ def describe(run, data, device):
     about = dict(settings=run.settings, parameters=count, processes=WORLD, device=hardware,
                  torch=str(torch.__version__), torchvision=str(torchvision.__version__),
                  python=platform.python_version())
-    if run.step == 0:
-        (run.folder / "last.pt").unlink(missing_ok=True)        # of a run that is started anew
     write(run.folder / "config.json", json.dumps(about, indent=1).encode() + b"\n")
     write(run.folder / "metrics.csv", as_csv(run.history))
 
@@ -608,7 +612,7 @@ def describe(run, data, device):
 
 
 def load_weights(net, source, model):
-    """Copy into `net` all tensors of `source` that fit by name and shape; a line that says which.
+    """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a line about it.
 
     source    "imagenet", torchvision's weights of the network or its trunk; or a checkpoint's path.
 
@@ -619,7 +623,7 @@ def load_weights(net, source, model):
         try:
             weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
                 check_hash=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:    # RuntimeError: damaged on the way
             raise ValueError(f"torchvision's weights of {name} are not on this disk and cannot be "
                              f"downloaded ({error}); leave --weights out, or give a checkpoint"
                              ) from None
@@ -648,10 +652,10 @@ def listed(names):
 
 def run_evaluation(args, device):
     net = load(args.checkpoint).to(device, memory_format=torch.channels_last)
-    data = open_data(args, net.settings | dict(train_images=0), device)     # no need of any
+    data = open_data(args, net.settings | dict(train_images=0), device)     # 0 is always possible
     if data.classes != net.classes:
-        raise ValueError(f"{args.checkpoint} was trained on other classes than {args.data_dir} "
-                         "holds")
+        raise ValueError(f"{args.checkpoint} was trained on classes other than those in "
+                         f"{args.data_dir}")
     with contextlib.closing(data):
         result = evaluate(net, data)
         if RANK == 0:
@@ -672,19 +676,19 @@ def look_inside(net, data, path):
     class, one column per channel, sorted by mean; from black, the strip's lowest gate, to white.
     """
     blocks = [stage[-1] for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
-    seen = {}       # bottleneck -> the input of its gate
+    seen = {}       # last batch norm -> its output, the input of the gate
 
-    def keep(block):
-        return lambda module, args, out: seen.update({block: out})
+    def keep(module, args, out):
+        seen[module] = out
 
     # Of each stage, class and channel: the number of gates, their sum, the sum of their squares.
     sums = [torch.zeros(3, len(data.classes), block.conv3.out_channels, dtype=torch.float64,
                         device=data.device) for block in blocks]
-    hooks = [block.bn3.register_forward_hook(keep(block)) for block in blocks]
+    hooks = [block.bn3.register_forward_hook(keep) for block in blocks]
     for images, labels in data.test_batches():
         with autocast(data.device):
             net(images)
-            gates = [block.gate.scale(seen[block]).flatten(1).double() for block in blocks]
+            gates = [block.gate.scale(seen[block.bn3]).flatten(1).double() for block in blocks]
         for total, s in zip(sums, gates):                                           # s is (B, C)
             total.index_add_(1, labels, torch.stack([torch.ones_like(s), s, s * s]))
     for hook in hooks:
@@ -700,7 +704,7 @@ def look_inside(net, data, path):
 
         strip = mean[:, mean.mean(0).argsort()]
         strip = (strip - strip.min()) / (strip.max() - strip.min()).clamp(min=1e-12)
-        strips.append(F.interpolate(strip[None, None], (max(100, len(strip)), 1024)))
+        strips.append(F.interpolate(strip[None, None], (max(100, len(strip)), 2048)))
     save_image(torch.cat(strips), path, nrow=1, padding=8, pad_value=1)
     print(f"{printable(str(path))}: the gates, one strip per stage, one row per class, one column "
           "per channel")
@@ -741,7 +745,8 @@ def run_report(folders):
     everything but network and seed.
 
     A run counts by its config.json and metrics.csv, and its accuracy is that of the last epoch.  If
-    two runs have all settings alike (a copy, or code that was edited), the first folder counts.
+    two runs have all settings alike (a copy, or code that was edited), the first folder of the
+    alphabet counts.  Networks without layers and stem have a table of their own.
     """
     tables, left_out = {}, []
     for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
@@ -766,20 +771,20 @@ def run_report(folders):
 
 
 def read_run(path):
-    """What the report needs of a run.  Raises ValueError, with the reason, for what is none."""
+    """What the report needs of a run.  Raises ValueError, with the reason, if unfinished."""
     try:
         run = json.loads(path.read_text())
         settings = {key: value for key, value in run["settings"].items()
                     if (key, value) not in DROPPED.items()}
         rows = list(csv.DictReader(path.with_name("metrics.csv").read_text().splitlines()))
         run |= dict(
-            settings=settings, label=label(settings), command=command(settings),
+            settings=settings | dict(seed=int(settings["seed"]), dataset=str(settings["dataset"])),
+            parameters=int(run["parameters"]), label=label(settings), command=command(settings),
             machine=f"{run['device']}, torch {run['torch']}",
             shared=tuple((k, v) for k, v in settings.items() if k not in NETWORK),
             top1=[float(row["top1"]) for row in rows],
             speed=[float(row["images_per_second"]) for row in rows])
         missing = settings["epochs"] - len(rows)
-        run["parameters"] + settings["seed"] + len(settings["dataset"])     # each is what it should
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise ValueError("not a run of train.py") from None
     if missing:
@@ -831,8 +836,8 @@ def print_results(shared, networks):
         count = next(iter(seeds.values()))["parameters"]
         speed = statistics.median(value for run in seeds.values() for value in run["speed"])
         print(f"| {name} | {count:,} | {len(seeds)} | {mean_and_deviation(top1[name].values())} "
-              f"| {in_words(difference(top1, name, 'resnet'))} "
-              f"| {in_words(difference(top1, name, 'senet r=32'))} "
+              f"| {with_interval(paired_difference(top1, name, 'resnet'))} "
+              f"| {with_interval(paired_difference(top1, name, 'senet r=32'))} "
               f"| {format(paper[name], '.2f') if name in paper else '-'} | {speed:,.0f} |")
     machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds.  Differences: paired "
@@ -854,7 +859,7 @@ def mean_and_deviation(values):
     return f"{statistics.fmean(values):.2f}{deviation}"
 
 
-def difference(top1, name, base):
+def paired_difference(top1, name, base):
     """(mean, half of the 95 % interval) of the differences between runs of one seed.
 
     One seed gives no interval, half is None; without a common seed there is no difference: None.
@@ -871,7 +876,7 @@ def difference(top1, name, base):
     return statistics.fmean(gaps), half
 
 
-def in_words(gap):
+def with_interval(gap):
     if not gap:
         return "-"
     mean, half = gap
@@ -881,7 +886,7 @@ def in_words(gap):
 
 def print_verdict(top1, paper, name, base):
     """What the interval of a difference excludes: 0, the paper's difference, both or neither."""
-    gap = difference(top1, name, base)
+    gap = paired_difference(top1, name, base)
     if not gap or gap[1] is None:
         return
     values = {"0": 0.0}
@@ -892,7 +897,7 @@ def print_verdict(top1, paper, name, base):
     included = [text for text in values if text not in excluded]
     verdict = [f"{verb} {' and '.join(texts)}"
                for verb, texts in (("excludes", excluded), ("includes", included)) if texts]
-    print(f"**{name} minus {base}: {in_words(gap)}.** The interval {' and '.join(verdict)}.\n")
+    print(f"**{name} minus {base}: {with_interval(gap)}.** The interval {' and '.join(verdict)}.\n")
 
 
 def print_chart(shared, networks):
@@ -919,11 +924,12 @@ def defaults(recipe, dataset):
     return table | dict(recipe=recipe) | RECIPES[recipe] | FOR_DATASET.get(dataset, {})
 
 
-def make_parser(default):
+def make_parser(default, add_help=True):
     """The flags of train.py: one per row of SETTINGS and OPTIONS."""
     parser = argparse.ArgumentParser(
         prog="train.py", description="Train and evaluate SENetV2 and what it is compared with.",
-        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        usage=argparse.SUPPRESS, add_help=add_help,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, (_, kind, meaning) in (SETTINGS | OPTIONS).items():
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool
                else dict(nargs="+") if kind is list
@@ -937,10 +943,11 @@ def make_parser(default):
 def parse_args(argv=None):
     """(args, settings): all flags, and those that define the result, as a dict of plain values.
 
-    args.out is the run's folder: runs/, then data set, network, recipe, all that is not at its
-    default, and the seed.
+    Unless given, args.out, the run's folder, is runs/, then data set, network, recipe, all that is
+    not at its default, and the seed.
     """
-    first, _ = make_parser(defaults("paper", None)).parse_known_args(argv)
+    # Once for recipe and data set alone, because the other defaults (and --help) depend on them.
+    first, _ = make_parser(defaults("paper", None), add_help=False).parse_known_args(argv)
     default = defaults(first.recipe, first.dataset)
     parser = make_parser(default)
     args = parser.parse_args(argv)
@@ -949,7 +956,7 @@ def parse_args(argv=None):
                      "it out")
 
     def matters(key):
-        return key not in ONLY_FOR or {args.model, args.dataset} & set(ONLY_FOR[key])
+        return key not in ONLY_FOR or args.model in ONLY_FOR[key] or args.dataset in ONLY_FOR[key]
 
     settings = {key: value for key, value in vars(args).items()
                 if key in SETTINGS and value is not None and matters(key)}
@@ -968,8 +975,8 @@ def start_processes(args):
             raise ValueError(f"there are more processes than the {torch.cuda.device_count()} GPUs "
                              "here; start one process per GPU")
         torch.cuda.set_device(LOCAL_RANK)                   # what "cuda" means from here on
-        torch.backends.cudnn.benchmark = True               # shapes never change: look for the
-        torch.set_float32_matmul_precision("high")          # fastest kernels once; use TF32
+        torch.backends.cudnn.benchmark = True               # shapes hardly change: try kernels once
+        torch.set_float32_matmul_precision("high")          # TF32 for what stays in float32
     if WORLD > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
 
