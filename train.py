@@ -782,8 +782,7 @@ def read_run(path):
             parameters=int(run["parameters"]), label=label(settings), command=command(settings),
             machine=f"{run['device']}, torch {run['torch']}",
             shared=tuple((k, v) for k, v in settings.items() if k not in NETWORK),
-            top1=[float(row["top1"]) for row in rows],
-            speed=[float(row["images_per_second"]) for row in rows])
+            top1=[float(row["top1"]) for row in rows])
         missing = settings["epochs"] - len(rows)
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         raise ValueError("not a run of train.py") from None
@@ -831,14 +830,13 @@ def print_results(shared, networks):
             for name, seeds in networks.items()}
     paper = {} if size else PAPER_TOP1.get((shared["dataset"], shared.get("layers")), {})
     print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 "
-          "| in the paper | images/s |\n|---|---|---|---|---|---|---|---|")
+          "| in the paper |\n|---|---|---|---|---|---|---|")
     for name, seeds in networks.items():
         count = next(iter(seeds.values()))["parameters"]
-        speed = statistics.median(value for run in seeds.values() for value in run["speed"])
         print(f"| {name} | {count:,} | {len(seeds)} | {mean_and_deviation(top1[name].values())} "
               f"| {with_interval(paired_difference(top1, name, 'resnet'))} "
               f"| {with_interval(paired_difference(top1, name, 'senet r=32'))} "
-              f"| {format(paper[name], '.2f') if name in paper else '-'} | {speed:,.0f} |")
+              f"| {format(paper[name], '.2f') if name in paper else '-'} |")
     machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds.  Differences: paired "
           f"by seed, mean [95 % interval].  Ran on: {'; '.join(machines)}.\n")
