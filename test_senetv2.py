@@ -2122,6 +2122,8 @@ def trial(root, fault, source, world, moment, step, victim):
     lines = text.splitlines()
     if "Traceback" in text or len(lines) > world + (fault == "second process"):
         return f"it said: {text.strip()[-500:]}"
+    if ("another process is training in" in text) != (fault == "second process"):
+        return f"a second process was not refused, or a first one was: {text.strip()[-500:]}"
     if fault == "second process" and codes != [0] * world:
         return f"the first process ended with {codes}"
     if (root / name / "last.pt").exists():
