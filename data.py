@@ -390,7 +390,8 @@ class Folder:
         self.keys = []
         self.loader = DataLoader(self.files, batch_size=None, sampler=self.keys,
                                  num_workers=workers, persistent_workers=workers > 0,
-                                 pin_memory=self.device.type == "cuda")
+                                 pin_memory=self.device.type == "cuda",
+                                 worker_init_fn=ignore_signals)
 
     def train_batches(self, epoch, first_step=0):
         order = shuffled(self.seed, epoch, self.train_size)
@@ -428,17 +429,23 @@ class Folder:
             raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
+# The signals that stop a run.  Its workers must outlive them, so that it can save and leave first.
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
+            if hasattr(signal, name)]       # Windows has no SIGHUP
+
+
+def ignore_signals(worker=None):
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def signals_blocked():
-    """Processes started here never see the signals that stop a run, so it can save and leave first.
-
-    The signals of this process are not lost: they arrive at the end of the block.
-    """
+    """No such signal reaches a process that is started here; this one gets it afterwards."""
     if not hasattr(signal, "pthread_sigmask"):      # Windows
         yield
         return
-    stopping = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:

@@ -49,9 +49,7 @@ from senetv2 import AggregatedSqueezeExcitation, SqueezeExcitation, build_model
 HERE = Path(__file__).parent
 SMALL = (1, 1, 1, 1)
 OURS = ("resnet", "senet", "senetv2")
-STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
-            if hasattr(signal, name)]                                       # Windows has no SIGHUP
-HANDLERS = {number: signal.getsignal(number) for number in STOPPING}
+HANDLERS = {number: signal.getsignal(number) for number in data.STOPPING}
 
 pytestmark = [      # the first is a known limit in the README, the second a hostile checkpoint's
     pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
@@ -865,7 +863,7 @@ def test_workers_start_once_and_end_with_close(load_folder):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows blocks no signals")
-@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", data.STOPPING, ids=lambda number: number.name)
 def test_workers_outlive_the_signals_that_stop_a_run(number, load_folder):
     source = load_folder(workers=2, batch_size=2)
     batches = source.train_batches(0)
@@ -880,7 +878,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(number, load_folder):
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows blocks no signals")
-@pytest.mark.parametrize("number", STOPPING, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", data.STOPPING, ids=lambda number: number.name)
 def test_a_signal_while_workers_start_comes_afterwards(number):
     seen = []
     signal.signal(number, lambda *args: seen.append(number))
