@@ -63,7 +63,7 @@ evaluate: $(READY)  ## loss, top-1, top-5, each class: CHECKPOINT=... or the var
 	$(PYTHON) train.py --evaluate$(CHECK)$(FLAGS)
 
 predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=runs/NAME/last.pt
-	$(PYTHON) train.py$(call flag,IMAGE,predict)$(CHECK)$(FLAGS)
+	$(if $(call typed,IMAGE),,$(error predict needs IMAGE=file))$(PYTHON) train.py$(call flag,IMAGE,predict)$(CHECK)$(FLAGS)
 
 look: $(READY)  ## draw images before and after augmentation: DATASET= DATA_DIR=
 	$(PYTHON) data.py$(DATA)

@@ -1778,8 +1778,16 @@ def make(*words, **environment):
 def test_a_value_with_spaces_and_quotes_arrives_whole(target, variable, flag):
     show = f"{shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
     value = "my cat's  \"best\" & (photos); echo *"
-    words = json.loads(make("--silent", target, f"PYTHON={show}", f"{variable}={value}")[-1])
+    image = ["IMAGE=needed.jpg"] if target == "predict" and variable != "IMAGE" else []
+    words = make("--silent", target, f"PYTHON={show}", f"{variable}={value}", *image)
+    words = json.loads(words[-1])
     assert words[words.index(flag) + 1] == value
+
+
+def test_prediction_without_an_image_is_refused():
+    result = subprocess.run(["make", "-n", "predict", "PYTHON=python3"], cwd=HERE, text=True,
+                            capture_output=True)
+    assert result.returncode != 0 and "IMAGE=" in result.stderr and result.stdout == ""
 
 
 @pytest.mark.parametrize("target", ["train", "evaluate", "test", "experiment1"])
