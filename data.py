@@ -441,7 +441,7 @@ def ignore_signals(worker=None):
 
 @contextmanager
 def signals_blocked():
-    """No such signal reaches a process that is started here; this one gets it afterwards."""
+    """No such signal reaches a process that is started here; this one loses none of them."""
     if not hasattr(signal, "pthread_sigmask"):      # Windows
         yield
         return
