@@ -1777,8 +1777,8 @@ def test_a_value_with_spaces_and_quotes_arrives_whole(target, variable, flag):
 
 
 def test_prediction_without_an_image_is_refused():
-    result = subprocess.run(["make", "-n", "predict", "PYTHON=python3"], cwd=HERE, text=True,
-                            capture_output=True)
+    words = ["make", "--no-print-directory", "-n", "predict", "PYTHON=python3"]
+    result = subprocess.run(words, cwd=HERE, text=True, capture_output=True)
     assert result.returncode != 0 and "IMAGE=" in result.stderr and result.stdout == ""
 
 
