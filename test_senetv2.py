@@ -1019,6 +1019,7 @@ def test_a_checkpoint_loads_as_the_network_that_was_trained(finished):
 ])
 def test_bad_input_is_refused_in_one_line(flags, said, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", lambda *args: pytest.fail("it began to train"))
     text = complaint(capsys, *flags)
     assert all(part in text for part in said), text
     assert list(tmp_path.iterdir()) == []       # and leaves nothing behind
@@ -1172,6 +1173,8 @@ def test_a_damaged_or_hostile_checkpoint_is_refused(content, way, finished, tmp_
     ("evaluate", lambda saved: saved.pop("classes"), "not a valid checkpoint"),
     ("resume", lambda saved: saved["model"].pop("fc.bias"), "fc.bias"),
     ("resume", lambda saved: saved.pop("identity"), "not a valid checkpoint"),
+    ("evaluate", lambda saved: saved.update(settings=[]), "not a valid checkpoint"),
+    ("resume", lambda saved: saved.update(step="7"), "not a valid checkpoint"),
     ("resume", lambda saved: saved["optimizer"]["param_groups"].pop(), "does not fit"),
     ("resume", lambda saved: saved.update(losses=torch.zeros(7)), "does not fit"),
 ])
@@ -1265,7 +1268,8 @@ def stop_at(step, number, flags, monkeypatch, kind=data.InMemory):
 
     The run's folder is the last of the flags.
     """
-    signal.signal(number, signal.SIG_DFL)       # in the background, a shell ignores some
+    # also where a shell ignores some in the background
+    signal.signal(number, lambda *args: pytest.fail("the run did not catch its signal"))
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(kind, "train_batches",
                       at_step(step, lambda: os.kill(os.getpid(), number), kind))

@@ -456,8 +456,8 @@ def as_csv(history):
     return "".join(",".join(map(str, row)) + "\n" for row in table).encode()
 
 
-CHECKPOINT = {"settings", "identity", "classes", "network", "model", "optimizer", "step", "history",
-              "losses", "seconds"}
+CHECKPOINT = dict(settings=dict, identity=dict, classes=list, network=dict, model=dict,
+                  optimizer=dict, step=int, history=list, losses=torch.Tensor, seconds=float)
 
 
 def read_checkpoint(path):
@@ -469,7 +469,7 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint {path}; train first, or give the path of a last.pt")
     with open(path, "rb") as file, contextlib.suppress(Exception):  # whatever a hostile file raises
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        if saved.keys() >= CHECKPOINT:
+        if all(isinstance(saved[key], kind) for key, kind in CHECKPOINT.items()):
             return saved
     raise ValueError(f"{path} is not a valid checkpoint of this version; give another one, or pass "
                      "--restart to train anew")
