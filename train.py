@@ -232,6 +232,149 @@ def evaluate(net, data, after_batch=lambda: None):
                 per_class=(100 * right / seen).tolist())
 
 
+# ----------------------------------------------------------------------------------- Starting a run
+
+
+def run_training(args, settings, device):
+    """Train, or resume, or print the result of a run that is finished."""
+    if settings["batch_size"] % WORLD:
+        raise ValueError(f"the batch size {settings['batch_size']} cannot be divided by {WORLD} "
+                         "processes")
+    with contextlib.closing(open_data(args, settings, device)) as data:
+        if not data.steps:
+            raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} "
+                             "training images; give a smaller --batch-size")
+
+        torch.manual_seed(settings["seed"])
+        net = build_model(**network_of(settings, data.classes))
+        net.to(device, memory_format=torch.channels_last)
+        optimizer = make_optimizer(net, settings)
+
+        with locked(args.out):          # before last.pt is looked for: another process may write it
+            run = Run(args.out, settings, data, net, optimizer, args.checkpoint_minutes)
+            checkpoint = args.out / "last.pt"
+            saved = [None]
+            if RANK == 0 and checkpoint.exists() and not args.restart:
+                saved = [read_checkpoint(checkpoint)]
+            if WORLD > 1:               # the machines need not share a disk
+                dist.broadcast_object_list(saved)
+
+            if saved[0]:
+                run.resume(saved[0])
+            elif settings.get("weights") and RANK == 0:     # parallel() copies them to the others
+                print(load_weights(net, settings["weights"], settings["model"]))
+
+            if len(run.history) < settings["epochs"]:
+                if RANK == 0 and args.restart:
+                    checkpoint.unlink(missing_ok=True)
+                describe(run, data, device)
+                run.begin()
+                train(run, parallel(net, args.compile), data)
+
+    if RANK == 0:
+        seconds = sum(row["seconds"] for row in run.history)
+        print(f"done: top-1 {run.history[-1]['top1']:.2f}% on the test images after "
+              f"{len(run.history)} epochs, {seconds:.0f} s of training; {printable(str(args.out))}")
+
+
+def open_data(args, settings, device):
+    """The data set that the settings name.
+
+    One process downloads what is missing.  Then one of each machine does, in case the machines do
+    not share a disk.  The rest come last.
+    """
+    my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    for turn in range(3 if WORLD > 1 else 1):
+        if turn == my_turn:
+            data = load_data(root=args.data_dir, device=device, workers=args.workers, rank=RANK,
+                             world=WORLD, **accepted_by(load_data, settings))
+        if WORLD > 1:
+            dist.barrier()
+    return data
+
+
+def network_of(settings, classes):
+    """The arguments of build_model."""
+    arguments = accepted_by(build_model, settings)
+    if "layers" in arguments:
+        arguments["layers"] = tuple(map(int, arguments["layers"].split(",")))
+    if settings["model"] == "vit":
+        arguments["image_size"] = settings.get("image_size", 32)
+    return dict(name=settings["model"], num_classes=len(classes), **arguments)
+
+
+def accepted_by(function, settings):
+    """The settings that are arguments of a function, so that no name needs to be listed twice."""
+    names = inspect.signature(function).parameters
+    return {key: value for key, value in settings.items() if key in names}
+
+
+def parallel(net, compiled):
+    """The network as the loop calls it: one of several copies that share gradients, compiled."""
+    model = net
+    if WORLD > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+        model.broadcast_buffers = False     # Run.check does it; the argument is deprecated
+    return torch.compile(model) if compiled else model
+
+
+def describe(run, data, device):
+    """Print what is about to be trained; write config.json, and metrics.csv as far as it goes."""
+    if RANK > 0:
+        return
+    hardware = (torch.cuda.get_device_name() if device.type == "cuda"
+                else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    count = sum(p.numel() for p in run.net.parameters())
+    about = dict(settings=run.settings, parameters=count, processes=WORLD, device=hardware,
+                 torch=str(torch.__version__), torchvision=str(torchvision.__version__),
+                 python=platform.python_version())
+    write(run.folder / "config.json", json.dumps(about, indent=1).encode() + b"\n")
+    write(run.folder / "metrics.csv", as_csv(run.history))
+
+    print(" ".join(f"{key}={printable(str(value))}" for key, value in run.settings.items()))
+    kind = str(precision(device)).removeprefix("torch.")
+    print(f"{count:,} parameters on {hardware}, in {kind}; {data.train_size:,} training and "
+          f"{data.test_size:,} test images; {data.steps} steps per epoch of "
+          f"{data.batch_size // WORLD} images in each of {WORLD} process(es)"
+          + (f"; resuming after step {run.step}" if run.step else ""), flush=True)
+
+
+def load_weights(net, source, model):
+    """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a line about it.
+
+    source    "imagenet", torchvision's weights of the network or its trunk; or a checkpoint's path.
+
+    Raises ValueError or FileNotFoundError for weights that cannot be read or do not fit at all.
+    """
+    if source == "imagenet":
+        name = "resnet50" if model in OURS else model
+        try:
+            weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
+                check_hash=True)
+        except (OSError, ValueError, RuntimeError) as error:    # RuntimeError: damaged on the way
+            raise ValueError(f"torchvision's weights of {name} are not on this disk and cannot be "
+                             f"downloaded ({error}); leave --weights out, or give a checkpoint"
+                             ) from None
+    else:
+        weights = read_checkpoint(source)["model"]
+
+    own = net.state_dict()
+    fitting = {key: value for key, value in weights.items()
+               if key in own and own[key].shape == value.shape}
+    if not fitting:
+        raise ValueError(f"no tensor of {source} has a name and shape of {model}'s; give the "
+                         "weights of a similar network")
+    net.load_state_dict(fitting, strict=False)
+    new, unused = (listed([key for key in keys if key not in fitting]) for keys in (own, weights))
+    return f"weights: {len(fitting)} tensors taken from {source}; new: {new}; unused: {unused}"
+
+
+def listed(names):
+    if not names:
+        return "0"
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
 # -------------------------------------------------------------------------- The run, which survives
 
 
@@ -501,149 +644,6 @@ def load(path):
         net.classes, net.settings = saved["classes"], saved["settings"]
         net.preprocess = Preprocess(net.settings["dataset"], net.settings.get("image_size", 224))
     return net.eval()
-
-
-# ----------------------------------------------------------------------------------- Starting a run
-
-
-def run_training(args, settings, device):
-    """Train, or resume, or print the result of a run that is finished."""
-    if settings["batch_size"] % WORLD:
-        raise ValueError(f"the batch size {settings['batch_size']} cannot be divided by {WORLD} "
-                         "processes")
-    with contextlib.closing(open_data(args, settings, device)) as data:
-        if not data.steps:
-            raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} "
-                             "training images; give a smaller --batch-size")
-
-        torch.manual_seed(settings["seed"])
-        net = build_model(**network_of(settings, data.classes))
-        net.to(device, memory_format=torch.channels_last)
-        optimizer = make_optimizer(net, settings)
-
-        with locked(args.out):          # before last.pt is looked for: another process may write it
-            run = Run(args.out, settings, data, net, optimizer, args.checkpoint_minutes)
-            checkpoint = args.out / "last.pt"
-            saved = [None]
-            if RANK == 0 and checkpoint.exists() and not args.restart:
-                saved = [read_checkpoint(checkpoint)]
-            if WORLD > 1:               # the machines need not share a disk
-                dist.broadcast_object_list(saved)
-
-            if saved[0]:
-                run.resume(saved[0])
-            elif settings.get("weights") and RANK == 0:     # parallel() copies them to the others
-                print(load_weights(net, settings["weights"], settings["model"]))
-
-            if len(run.history) < settings["epochs"]:
-                if RANK == 0 and args.restart:
-                    checkpoint.unlink(missing_ok=True)
-                describe(run, data, device)
-                run.begin()
-                train(run, parallel(net, args.compile), data)
-
-    if RANK == 0:
-        seconds = sum(row["seconds"] for row in run.history)
-        print(f"done: top-1 {run.history[-1]['top1']:.2f}% on the test images after "
-              f"{len(run.history)} epochs, {seconds:.0f} s of training; {printable(str(args.out))}")
-
-
-def open_data(args, settings, device):
-    """The data set that the settings name.
-
-    One process downloads what is missing.  Then one of each machine does, in case the machines do
-    not share a disk.  The rest come last.
-    """
-    my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
-    for turn in range(3 if WORLD > 1 else 1):
-        if turn == my_turn:
-            data = load_data(root=args.data_dir, device=device, workers=args.workers, rank=RANK,
-                             world=WORLD, **accepted_by(load_data, settings))
-        if WORLD > 1:
-            dist.barrier()
-    return data
-
-
-def network_of(settings, classes):
-    """The arguments of build_model."""
-    arguments = accepted_by(build_model, settings)
-    if "layers" in arguments:
-        arguments["layers"] = tuple(map(int, arguments["layers"].split(",")))
-    if settings["model"] == "vit":
-        arguments["image_size"] = settings.get("image_size", 32)
-    return dict(name=settings["model"], num_classes=len(classes), **arguments)
-
-
-def accepted_by(function, settings):
-    """The settings that are arguments of a function, so that no name needs to be listed twice."""
-    names = inspect.signature(function).parameters
-    return {key: value for key, value in settings.items() if key in names}
-
-
-def parallel(net, compiled):
-    """The network as the loop calls it: one of several copies that share gradients, compiled."""
-    model = net
-    if WORLD > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model)
-        model.broadcast_buffers = False     # Run.check does it; the argument is deprecated
-    return torch.compile(model) if compiled else model
-
-
-def describe(run, data, device):
-    """Print what is about to be trained; write config.json, and metrics.csv as far as it goes."""
-    if RANK > 0:
-        return
-    hardware = (torch.cuda.get_device_name() if device.type == "cuda"
-                else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
-    count = sum(p.numel() for p in run.net.parameters())
-    about = dict(settings=run.settings, parameters=count, processes=WORLD, device=hardware,
-                 torch=str(torch.__version__), torchvision=str(torchvision.__version__),
-                 python=platform.python_version())
-    write(run.folder / "config.json", json.dumps(about, indent=1).encode() + b"\n")
-    write(run.folder / "metrics.csv", as_csv(run.history))
-
-    print(" ".join(f"{key}={printable(str(value))}" for key, value in run.settings.items()))
-    kind = str(precision(device)).removeprefix("torch.")
-    print(f"{count:,} parameters on {hardware}, in {kind}; {data.train_size:,} training and "
-          f"{data.test_size:,} test images; {data.steps} steps per epoch of "
-          f"{data.batch_size // WORLD} images in each of {WORLD} process(es)"
-          + (f"; resuming after step {run.step}" if run.step else ""), flush=True)
-
-
-def load_weights(net, source, model):
-    """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a line about it.
-
-    source    "imagenet", torchvision's weights of the network or its trunk; or a checkpoint's path.
-
-    Raises ValueError or FileNotFoundError for weights that cannot be read or do not fit at all.
-    """
-    if source == "imagenet":
-        name = "resnet50" if model in OURS else model
-        try:
-            weights = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(
-                check_hash=True)
-        except (OSError, ValueError, RuntimeError) as error:    # RuntimeError: damaged on the way
-            raise ValueError(f"torchvision's weights of {name} are not on this disk and cannot be "
-                             f"downloaded ({error}); leave --weights out, or give a checkpoint"
-                             ) from None
-    else:
-        weights = read_checkpoint(source)["model"]
-
-    own = net.state_dict()
-    fitting = {key: value for key, value in weights.items()
-               if key in own and own[key].shape == value.shape}
-    if not fitting:
-        raise ValueError(f"no tensor of {source} has a name and shape of {model}'s; give the "
-                         "weights of a similar network")
-    net.load_state_dict(fitting, strict=False)
-    new, unused = (listed([key for key in keys if key not in fitting]) for keys in (own, weights))
-    return f"weights: {len(fitting)} tensors taken from {source}; new: {new}; unused: {unused}"
-
-
-def listed(names):
-    if not names:
-        return "0"
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 # ----------------------------------------------------------- Evaluating, predicting, looking inside
