@@ -27,10 +27,12 @@ import argparse
 import atexit
 import hashlib
 import math
+import multiprocessing
 import os
 import signal
 import sys
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +105,6 @@ def subset(size, count, seed):
     """The indices of the first `count` images of a seeded shuffle, sorted; all of them for 0."""
     if count > size:
         raise ValueError(f"--train-images is {count}, but there are {size} training images")
-    # numpy ignores zeros at the end of a seed: this is the order of epoch 0, too.  It does no harm.
     return np.sort(np.random.default_rng([seed]).permutation(size)[:count or size])
 
 
@@ -418,9 +419,11 @@ class Folder:
         self.keys[:] = keys
         try:
             fresh = self.loader._iterator is None
+            if self.loader.num_workers and multiprocessing.get_start_method() != "fork":
+                resource_tracker.ensure_running()   # its start would unblock signals
             with signals_blocked():                 # the first time, this starts the workers
                 batches = iter(self.loader)
-            if fresh:
+            if fresh and self.loader._iterator is not None:
                 atexit.register(self.close)         # for programs that do not close it
             for images, labels in batches:          # uint8 travels: a quarter of float32
                 images = images.to(self.device, non_blocking=True)
@@ -486,7 +489,7 @@ def digest_of_files(paths, root):
 
 
 def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, augment=True,
-              train_images=0, images_per_class=250, image_size=224, workers=0, rank=0, world=1):
+              train_images=0, images_per_class=None, image_size=224, workers=0, rank=0, world=1):
     """A data set ready to train on: an InMemory or a Folder.
 
     root               where CIFAR's files lie (or go), or the folder that holds train/ and val/.
@@ -494,8 +497,9 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
     seed               of order, augmentation and subsets; `shapes` itself is always the same.
     augment            whether training images are cropped and flipped at random.
     train_images       keep this many training images of a seeded shuffle; 0 keeps all.
-    images_per_class, image_size, workers    of folders: 0 takes all images; pixels per side; the
-                       number of processes that decode.
+    images_per_class, image_size, workers    of folders: 0 takes all training images, and None takes
+                       250 for imagenet and all for others; pixels per side; the number of
+                       processes that decode.
 
     Raises ValueError or FileNotFoundError, in one line that says what to do.
     """
@@ -503,6 +507,8 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
         raise ValueError(f"unknown data set {dataset!r}; give one of {', '.join(DATASETS)}")
     common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank,
                   world=world)
+    if images_per_class is None:
+        images_per_class = 250 if dataset == "imagenet" else 0
     if dataset in FOLDERS:
         return Folder(root, image_size, images_per_class, train_images, workers, **common)
 
@@ -544,8 +550,8 @@ def main():
         data = load_data(args.dataset, args.data_dir, batch_size=1, image_size=args.image_size)
         out.parent.mkdir(parents=True, exist_ok=True)
         save_image(contact_sheet(data) / 255, out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: error: {printable(str(error))}")
+    except (ValueError, OSError, RuntimeError) as error:    # RuntimeError: an impossible image size
+        sys.exit(f"data.py: error: {printable(str(error).splitlines()[0])}")
 
     for row, name in enumerate(data.classes[:100], start=1):
         print(f"row {row:3d}  {printable(name)}")

@@ -80,7 +80,7 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
     The wide layer also starts from the distribution of the K layers: nn.Linear's range depends on
     the number of inputs alone, and that is C for the wide layer and for the narrow ones.
 
-    Arguments, shapes and errors are those of SqueezeExcitation.
+    Arguments, shapes and errors are those of SqueezeExcitation; cardinality comes third.
     """
 
     def __init__(self, channels, reduction=32, cardinality=4, residual=False):

@@ -714,6 +714,15 @@ def test_a_folder_keeps_the_lowest_hashes_of_every_class(folder, load_folder):
     assert {os.path.basename(os.fsdecode(path)) for path in paths} == oracle
 
 
+@pytest.mark.parametrize("dataset, count", [("imagenet", 250), ("folder", 300)])
+def test_only_imagenet_is_cut_to_250_images_per_class(dataset, count, folder):
+    source = folder / "train" / "cat" / "cat_0.JPEG"
+    for i in range(288):
+        (source.parent / f"more_{i}.JPEG").hardlink_to(source)
+    with contextlib.closing(data.load_data(dataset, folder)) as loaded:
+        assert torch.bincount(loaded.train_labels).tolist() == [count, 12, 12]
+
+
 def rename(path, name):
     """Give a file or folder a name in bytes; skip where the file system takes only valid text."""
     path = os.fsencode(path)
@@ -863,12 +872,21 @@ def test_workers_start_once_and_end_with_close(load_folder):
     assert not any(process.is_alive() for process in workers)
 
 
+def show_blocked(worker):
+    print(*map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])), flush=True)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows blocks no signals")
-def test_a_process_started_while_signals_are_blocked_blocks_them():
-    code = "import signal; print(*map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
-    with data.signals_blocked():
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert {*map(int, child.stdout.split())} == {*map(int, data.STOPPING)}
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_workers_start_with_the_signals_blocked(method, folder):
+    program = (f"import multiprocessing, data, {Path(__file__).stem} as test; "
+               f"multiprocessing.set_start_method({method!r}); "
+               "data.ignore_signals = test.show_blocked; "
+               f"source = data.load_data('folder', {str(folder)!r}, workers=1, image_size=32); "
+               "list(source.test_batches()); source.close()")
+    shown = subprocess.run([sys.executable, "-c", program], cwd=HERE, text=True, check=True,
+                           capture_output=True).stdout
+    assert {*map(int, shown.split())} == {*map(int, data.STOPPING)}
 
 
 @pytest.mark.parametrize("number", data.STOPPING, ids=lambda number: number.name)
@@ -1009,6 +1027,9 @@ def test_a_checkpoint_loads_as_the_network_that_was_trained(finished):
     # What only the data, the network or the disk can tell.
     (["--model", "senetv3"], ("senetv3", "did you mean senetv2?")),
     (["--model", "foo"], ("unknown model 'foo'", "resnet, senet, senetv2")),
+    (["--model", "alexnet"], ("alexnet", "32x32", "too small", "--model")),
+    pytest.param(["--model", "googlenet"], ("googlenet", "more than logits", "--model"),
+                 marks=pytest.mark.filterwarnings("ignore:The default weight:FutureWarning")),
     (["--reduction", "257"], ("257", "between 1 and the number of channels, 256")),
     (["--batch-size", "9000"], ("9000", "8000")),
     (["--train-images", "8001"], ("8001", "8000")),
@@ -1224,6 +1245,17 @@ def test_a_run_goes_on_after_its_folder_has_moved(folder, tmp_path, monkeypatch,
         train.main(folder_flags(tmp_path / "moved", tmp_path / out, epochs=2))
         assert "done: top-1" in capsys.readouterr().out.splitlines()[-1]
     assert same_result(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_run_starts_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "fcntl", None)       # as on Windows
+    train.main([*QUICK[:-1], "1", "--model", "shufflenet_v2_x0_5", "--out", str(tmp_path / "run")])
+    assert len(rows(tmp_path / "run")) == 1
+
+
+def test_the_name_of_a_run_is_one_folder_on_every_system():
+    args, _ = train.parse_args(["--dataset", "folder", "--data-dir", "C:\\photos/mine"])
+    assert args.out.name == "folder-senetv2-paper-data_dirC__photos_mine-seed0"
 
 
 def test_imagenet_from_two_places_is_not_one_run(folder, tmp_path, monkeypatch, capsys):

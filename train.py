@@ -15,8 +15,8 @@ A run lives in runs/NAME, and the name says what defines its result:
 
 Interrupted equals uninterrupted, to the bit on a CPU.  This holds because each batch is a function
 of (seed, epoch, step), because torch is seeded from (seed, process, step) before each step, and
-because last.pt holds the rest: weights, Adam's moments, the step, the history and the losses of the
-epoch so far.
+because last.pt holds the rest: weights, the optimiser's state, the step, the history and the losses
+of the epoch so far.
 
 The accuracy of a run is that of its last epoch, never that of its best epoch on the test set.
 """
@@ -167,8 +167,8 @@ def train(run, model, data):
             run.count(loss)
             run.save_or_stop()
 
-        run.check()                     # waits for the device ...
-        run.count_time()                # ... so this counts all of the epoch's training
+        run.check()
+        run.count_time()        # check has waited for the device, so this is all of the training
         run.finish_epoch(evaluate(run.net, data, after_batch=run.stop_if_asked))
     run.save()
 
@@ -245,8 +245,11 @@ def run_training(args, settings, device):
             raise ValueError(f"the batch size {data.batch_size} exceeds the {data.train_size} "
                              "training images; give a smaller --batch-size")
 
+        arguments = network_of(settings, data.classes)
+        if settings["model"] not in OURS:
+            try_out(arguments, settings.get("image_size", 32))
         torch.manual_seed(settings["seed"])
-        net = build_model(**network_of(settings, data.classes))
+        net = build_model(**arguments)
         net.to(device, memory_format=torch.channels_last)
         optimizer = make_optimizer(net, settings)
 
@@ -263,9 +266,10 @@ def run_training(args, settings, device):
                 run.resume(saved[0])
             elif settings.get("weights") and RANK == 0:     # parallel() copies them to the others
                 print(load_weights(net, settings["weights"], settings["model"]))
+            del saved                                       # as large as the network and Adam
 
             if len(run.history) < settings["epochs"]:
-                if RANK == 0 and args.restart:
+                if RANK == 0 and args.restart:              # not before all is known to be in order
                     checkpoint.unlink(missing_ok=True)
                 describe(run, data, device)
                 run.begin()
@@ -309,12 +313,25 @@ def accepted_by(function, settings):
     return {key: value for key, value in settings.items() if key in names}
 
 
-def parallel(net, compiled):
+def try_out(arguments, size):
+    """Raises ValueError if a network of torchvision cannot be trained on images of this size."""
+    try:
+        with torch.device("meta"):      # nothing is computed there
+            logits = build_model(**arguments)(torch.empty(2, 3, size, size))
+        reason = "" if torch.is_tensor(logits) else "it returns more than logits"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    if reason:
+        raise ValueError(f"{arguments['name']} cannot be trained here on images of {size}x{size} "
+                         f"pixels ({reason}); give another --model")
+
+
+def parallel(model, compiled):
     """The network as the loop calls it: one of several copies that share gradients, compiled."""
-    model = net
     if WORLD > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-        model.broadcast_buffers = False     # Run.check does it; the argument is deprecated
+        # Run.check copies the buffers, once per epoch; as an argument, this is deprecated.
+        model.broadcast_buffers = False
     return torch.compile(model) if compiled else model
 
 
@@ -381,8 +398,8 @@ def listed(names):
 class Run:
     """A run in progress: a network, its optimiser, and what else a checkpoint must hold.
 
-    settings, network, classes, identity    what is trained: flags, build_model's arguments, names,
-                                            and what the data set says of its images
+    settings, classes, identity    what is trained: flags, names of the classes, and what the data
+               set says of its images
     step       training steps done
     history    one dict per finished epoch, the rows of metrics.csv
     losses     one per step of the running epoch, (steps,), on the device
@@ -435,7 +452,7 @@ class Run:
     def on_signal(self, number, frame):
         """Remember the signal for save_or_stop.  In a single process, its second one kills."""
         self.stop_signal = number
-        if WORLD == 1:      # torchrun passes Ctrl-C on, so there each process gets it twice
+        if WORLD == 1:      # several are killed by torchrun, if need be
             signal.signal(number, signal.SIG_DFL)
 
     def count(self, loss):
@@ -526,10 +543,11 @@ def locked(folder):
     The system frees the lock when the process ends, even if it is killed.  lockf's lock belongs to
     this process alone, while flock's would also be held by workers that outlive it for a moment.
     """
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
     if RANK > 0 or not fcntl:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -624,7 +642,8 @@ def explained(path):
     try:
         yield
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = (str(error).splitlines() or [""])[:2][-1].strip()      # torch's first is a heading
+        # the second line, where there is one: torch's first is a heading
+        reason = (str(error).splitlines() or [""])[:2][-1].strip()
         raise ValueError(f"{path} does not fit the network that this code builds ({reason}); undo "
                          "what was edited since, or train anew with --restart or another --out"
                          ) from None
@@ -687,7 +706,7 @@ def look_inside(net, data, path):
     for images, labels in data.test_batches():
         with autocast(data.device):
             net(images)
-            gates = [block.gate.scale(seen[block.bn3]).flatten(1).double() for block in blocks]
+        gates = [block.gate.scale(seen[block.bn3].float()).flatten(1).double() for block in blocks]
         for total, s in zip(sums, gates):                                           # s is (B, C)
             total.index_add_(1, labels, torch.stack([torch.ones_like(s), s, s * s]))
     for hook in hooks:
@@ -731,7 +750,8 @@ PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the
 NETWORK = ("model", "reduction", "cardinality", "residual", "seed")   # differ within one table
 DROPPED = {"erase": 0}      # settings of earlier versions, with the value that equals today's code
 COLOURS = {"grey": "#888888", "blue": "#1f77b4", "green": "#2ca02c", "red": "#d62728",
-           "orange": "#ff7f0e", "purple": "#9467bd", "brown": "#8c564b"}
+           "orange": "#ff7f0e", "purple": "#9467bd", "brown": "#8c564b", "pink": "#e377c2",
+           "olive": "#bcbd22", "cyan": "#17becf", "black": "#000000", "gold": "#ffd700"}
 
 # Student's t: half of a two-sided 95 % interval in standard errors, for 1 to 30 degrees of freedom.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
@@ -794,7 +814,7 @@ def label(settings):
     """The row's name in a table: the network, and the width of its gate."""
     r, k = settings.get("reduction"), settings.get("cardinality")
     text = settings["model"] + (f" r={r}" if r else "") + (f" K={k}" if k else "")
-    if settings["model"] == "senetv2" and 256 % r == 0 == r % k:        # no channel is cut off
+    if settings["model"] == "senetv2" and not 256 % r and not r % k:    # C/r and r/K are whole
         text += f" (= senet r={r // k})"
     return text + (" residual" if settings.get("residual") else "")
 
@@ -865,12 +885,11 @@ def paired_difference(top1, name, base):
     if not seeds or name == base:
         return None
     gaps = [top1[name][seed] - top1[base][seed] for seed in seeds]
-    half = None
-    if len(gaps) > 1:
-        freedom = len(gaps) - 1
-        quantile = T95[freedom - 1] if freedom <= len(T95) else 1.960       # the normal's
-        half = quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
-    return statistics.fmean(gaps), half
+    if len(gaps) == 1:
+        return gaps[0], None
+    freedom = len(gaps) - 1
+    quantile = T95[freedom - 1] if freedom <= len(T95) else 1.960       # the normal's
+    return statistics.fmean(gaps), quantile * statistics.stdev(gaps) / math.sqrt(len(gaps))
 
 
 def with_interval(gap):
@@ -957,7 +976,7 @@ def parse_args(argv=None):
 
     settings = {key: value for key, value in vars(args).items()
                 if key in SETTINGS and value is not None and matters(key)}
-    changed = [f"{key}{value}".replace("/", "_") for key, value in settings.items()
+    changed = [re.sub(r"[/\\:]", "_", f"{key}{value}") for key, value in settings.items()
                if value != default[key] and key not in ("dataset", "model", "recipe", "seed")]
     name = "-".join([args.dataset, args.model, args.recipe, *changed, f"seed{args.seed}"])
     args.out = Path(args.out or Path("runs", name))
@@ -1009,7 +1028,7 @@ def main(argv=None):
     except SystemExit:              # a signal: all processes leave together
         leave_processes()
         raise
-    except KeyboardInterrupt:       # before the first step there is nothing to save
+    except KeyboardInterrupt:       # before Run.begin there is nothing new to save
         give_up("interrupted", 128 + signal.SIGINT)
     except (ValueError, OSError) as error:
         give_up(str(error))
