@@ -857,8 +857,8 @@ def print_results(shared, networks):
               f"| {with_interval(name != 'resnet' and paired_difference(top1, name, NARROW))} "
               f"| {format(paper[name], '.2f') if name in paper else '-'} |")
     machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
-    print("\ntop-1: of the last epoch, mean ± standard deviation over seeds.  Differences: paired "
-          f"by seed, mean [95 % interval].  Ran on: {'; '.join(machines)}.\n")
+    print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
+          f"by seed, mean [95 % interval]. Ran on: {'; '.join(machines)}.\n")
 
     for name, base in ((SENETV2, NARROW), (NARROW, "resnet")):
         print_verdict(top1, paper, name, base)
