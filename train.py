@@ -398,12 +398,12 @@ def listed(names):
 class Run:
     """A run in progress: a network, its optimiser, and what else a checkpoint must hold.
 
-    settings, classes, identity    what is trained: flags, names of the classes, and what the data
-               set says of its images
-    step       training steps done
-    history    one dict per finished epoch, the rows of metrics.csv
-    losses     one per step of the running epoch, (steps,), on the device
-    seconds    of training in the running epoch, with checkpoints and without evaluation
+    settings, classes    the flags, and the names of the classes
+    identity             what the data set says of its images
+    step                 training steps done
+    history              one dict per finished epoch, the rows of metrics.csv
+    losses               one per step of the running epoch, (steps,), on the device
+    seconds              of training in the running epoch, with checkpoints and without evaluation
     """
 
     def __init__(self, folder, settings, data, net, optimizer, minutes=5.0):
@@ -854,7 +854,7 @@ def print_results(shared, networks):
         count = next(iter(seeds.values()))["parameters"]
         print(f"| {name} | {count:,} | {len(seeds)} | {mean_and_deviation(top1[name].values())} "
               f"| {with_interval(paired_difference(top1, name, 'resnet'))} "
-              f"| {with_interval(name != 'resnet' and paired_difference(top1, name, NARROW))} "
+              f"| {with_interval(paired_difference(top1, name, NARROW))} "
               f"| {format(paper[name], '.2f') if name in paper else '-'} |")
     machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
@@ -879,10 +879,11 @@ def mean_and_deviation(values):
 def paired_difference(top1, name, base):
     """(mean, half of the 95 % interval) of the differences between runs of one seed.
 
-    One seed gives no interval, half is None; without a common seed there is no difference: None.
+    One seed gives no interval: half is None.  Without a common seed there is no difference, and
+    none is given of resnet, which the others are compared with: None.
     """
     seeds = top1.get(name, {}).keys() & top1.get(base, {}).keys()
-    if not seeds or name == base:
+    if not seeds or name in (base, "resnet"):
         return None
     gaps = [top1[name][seed] - top1[base][seed] for seed in seeds]
     if len(gaps) == 1:
