@@ -1001,24 +1001,25 @@ def test_a_finished_run_only_prints_its_result_again(trained, capsys):
     assert (out / "last.pt").read_bytes() == before
 
 
-def test_evaluation_prints_the_accuracy_of_the_last_epoch(finished, capsys):
-    train.main(["--evaluate", "--checkpoint", str(finished / "last.pt")])
-    lines = capsys.readouterr().out.splitlines()
-    assert f"top-1 {float(rows(finished)[1]['top1']):.2f}%" in lines[10]
-    assert len(lines) == 11 + 5         # ten classes and the sum; four stages and the picture
-
-
-def test_a_checkpoint_loads_as_the_network_that_was_trained(finished):
-    net = train.load(finished / "last.pt")
+def test_evaluation_prints_what_the_trained_network_finds(finished, capsys):
+    net, last = train.load(finished / "last.pt"), rows(finished)[1]
     assert net.classes == list(data.SHAPES) and not net.training
     assert net.settings["batch_size"] == 32
 
     # The shapes are drawn and normalised without the loader.
     images, labels = data.draw_shapes(1000, seed=2)
     with torch.no_grad():
-        logits = net(v2.Normalize(*data.STATISTICS["shapes"])(images.float() / 255))
-    top1 = 100 * (logits.argmax(1) == labels).float().mean().item()
-    assert f"{top1:.2f}" == f"{float(rows(finished)[1]['top1']):.2f}"
+        logits = net(v2.Normalize(*data.STATISTICS["shapes"])(images.float() / 255)).double()
+    right, loss = 100 * (logits.argmax(1) == labels).double(), F.cross_entropy(logits, labels)
+    assert f"{right.mean():.2f}" == f"{float(last['top1']):.2f}"
+    assert float(last["test_loss"]) == pytest.approx(loss.item(), rel=1e-4)
+
+    train.main(["--evaluate", "--checkpoint", str(finished / "last.pt")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:10] == [f"{right[labels == k].mean():7.2f}%  {name}"
+                          for k, name in enumerate(net.classes)]
+    assert f"top-1 {right.mean():.2f}%" in lines[10]
+    assert len(lines) == 11 + 5         # ten classes and the sum; four stages and the picture
 
 
 @pytest.mark.parametrize("flags, said", [
