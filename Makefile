@@ -77,7 +77,7 @@ test: $(READY)  ## check every claim of README, docs and docstrings
 bench: $(READY)  ## measure training, loading and the gates: STEM= LAYERS= BATCH_SIZE= DATASET= ...
 	$(PYTHON) test_senetv2.py bench$(FLAGS)
 
-faults: $(READY)  ## interrupt 100 runs in every way, up to 15 minutes: ARGS='--trials 20'
+faults: $(READY)  ## interrupt 100 runs in every way, 5 to 15 minutes: ARGS='--trials 20'
 	$(PYTHON) test_senetv2.py faults$(if $(call typed,ARGS), $(ARGS))
 
 pictures: $(READY)  ## draw the README's pictures anew
