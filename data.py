@@ -31,7 +31,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -418,12 +418,10 @@ class Folder:
     def _load(self, keys):
         self.keys[:] = keys
         try:
-            fresh = self.loader._iterator is None
-            if self.loader.num_workers and multiprocessing.get_start_method() != "fork":
-                resource_tracker.ensure_running()   # its start would unblock signals
-            with signals_blocked():                 # the first time, this starts the workers
+            starts = self.loader.num_workers > 0 and self.loader._iterator is None
+            with signals_blocked() if starts else nullcontext():
                 batches = iter(self.loader)
-            if fresh and self.loader._iterator is not None:
+            if starts:
                 atexit.register(self.close)         # for programs that do not close it
             for images, labels in batches:          # uint8 travels: a quarter of float32
                 images = images.to(self.device, non_blocking=True)
@@ -448,6 +446,8 @@ def signals_blocked():
     if not hasattr(signal, "pthread_sigmask"):      # Windows
         yield
         return
+    if multiprocessing.get_start_method() != "fork":
+        resource_tracker.ensure_running()           # its start unblocks signals: so not below
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield

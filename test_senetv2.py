@@ -53,7 +53,7 @@ SMALL = (1, 1, 1, 1)
 OURS = ("resnet", "senet", "senetv2")
 HANDLERS = {number: signal.getsignal(number) for number in data.STOPPING}
 
-pytestmark = [      # the first is a known limit in the README, the second a hostile checkpoint's
+pytestmark = [      # the first is a limit that docs/workshop.md names, the second a hostile file's
     pytest.mark.filterwarnings("ignore:The image decoding:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning"),
 ]
@@ -522,6 +522,11 @@ def test_crops_and_flips_are_torchvisions_and_uniform():
     assert len(set(seen)) == 9 * 9 * 2
 
 
+def test_the_seed_decides_the_crops_in_memory():
+    first, second = (numbered(seed=seed).view(np.arange(200), epoch=0) for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
 def test_test_images_are_normalised_as_torchvision_does():
     statistics = data.STATISTICS["shapes"]
     test_set = data.draw_shapes(30, seed=2)
@@ -842,6 +847,14 @@ def test_a_folders_crop_is_a_function_of_seed_epoch_and_index(folder, load_folde
     assert not any(torch.equal(first, other) for other in others)
 
 
+def test_a_folders_images_are_flipped_now_and_then(folder, load_folder):
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(3, 64, 64).contiguous()
+    write_png(ramp, str(folder / "train" / "cat" / "cat_0.JPEG"))       # it grows to the right
+    source = load_folder()
+    crops = [source.view([0], epoch)[0, 0, 16].int() for epoch in range(20)]
+    assert {(crop[-1] > crop[0]).item() for crop in crops} == {True, False}
+
+
 @pytest.mark.parametrize("augment", [True, False])
 def test_only_augmented_images_differ_from_epoch_to_epoch(augment, load_folder):
     for source in (numbered(augment=augment), load_folder(augment=augment)):
@@ -900,6 +913,15 @@ def test_workers_start_with_the_signals_blocked(method, folder):
     assert {*map(int, shown.split())} == {*map(int, data.STOPPING)}
 
 
+def test_no_resource_tracker_is_started_where_no_signals_are_blocked(monkeypatch):
+    monkeypatch.delattr(signal, "pthread_sigmask", raising=False)       # as on Windows
+    monkeypatch.setattr(data.multiprocessing, "get_start_method", lambda: "spawn")
+    monkeypatch.setattr(data.resource_tracker, "ensure_running",
+                        lambda: pytest.fail("Windows has no such process"))
+    with data.signals_blocked():
+        pass
+
+
 @pytest.mark.parametrize("number", data.STOPPING, ids=lambda number: number.name)
 def test_a_signal_while_workers_start_is_not_lost(number):
     arrived = threading.Event()
@@ -936,10 +958,15 @@ def test_processes_without_a_share_get_an_empty_batch(load_folder, workers):
 
 
 def test_the_contact_sheet_pairs_before_and_after_per_class():
-    sheet = data.contact_sheet(data.load_data("shapes", train_images=500))
+    sheet = data.contact_sheet(numbered())
     assert sheet.shape == (3, 10 * 68 + 4, 10 * 68 + 4) and sheet.dtype == torch.uint8
     before, after = sheet[:, 4:68, 4:68], sheet[:, 4:68, 72:136]
     assert not torch.equal(before, after)
+
+    tiles = sheet[0, 4:, 4:].unfold(0, 64, 68).unfold(1, 64, 68)        # (10, 10, 64, 64)
+    fill = torch.arange(1, 51).reshape(5, 10).T     # image i has class i % 10 and the value i + 1
+    assert (tiles[:, ::2] == fill[..., None, None]).all()
+    assert (tiles[:, 1::2].amax((2, 3)) == fill).all() and (tiles[:, 1::2] == 0).any()
 
 
 # ----------------------------------------------------------------------------------------- Training
@@ -1093,6 +1120,11 @@ def test_an_interrupt_before_the_first_step_is_said(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(train, "load_data", lambda **options: os.kill(os.getpid(), signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     assert complaint(capsys, *QUICK, "--out", tmp_path) == "train.py: error: interrupted\n"
+
+
+@pytest.mark.parametrize("name", [*senetv2.PEERS[:-1], "regnet_y_400mf", "shufflenet_v2_x0_5"])
+def test_networks_that_fit_the_images_are_let_through(name):
+    train.try_out(dict(name=name, num_classes=7), 32)
 
 
 @pytest.mark.parametrize("step, bad", [(5, 3), (6, 3), (6, 6), (8, 7)])
@@ -2176,10 +2208,8 @@ def trial(root, fault, source, world, moment, step, victim):
         return f"a second process was not refused, or a first one was: {text.strip()[-500:]}"
     if fault == "second process" and codes != [0] * world:
         return f"the first process ended with {codes}"
-    if (root / name / "last.pt").exists():
-        train.read_checkpoint(root / name / "last.pt")
 
-    codes, text = start_run(root, name, source, world)
+    codes, text = start_run(root, name, source, world)      # it would refuse a damaged checkpoint
     if codes != [0] * world or text:
         return f"the second command ended with {codes}: {text.strip()[-500:]}"
     try:
@@ -2259,7 +2289,6 @@ def train_in_fork(rank, world, flags, fault=None, moment=None, step=None, victim
     if moment == "a save" or fault == "full disk":      # process 0 alone writes
         victim = 0
     if fault and rank == victim:
-        strike = functools.cache(lambda: strike_with(fault, flags))     # once
         place_of = {"start-up": (train, "describe", 1),
                     "a step": (train.Run, "count", step),
                     "the last step": (train.Run, "count", FAULT_STEPS),
@@ -2270,7 +2299,7 @@ def train_in_fork(rank, world, flags, fault=None, moment=None, step=None, victim
 
         def wrapped(*args, **options):
             if next(calls) == turn:
-                strike()
+                strike_with(fault, flags)
             return before(*args, **options)
         setattr(owner, method, wrapped)
     train.main(flags)
@@ -2281,9 +2310,8 @@ def strike_with(fault, flags):
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
     elif fault == "second process":
-        code = ("import sys, train, data; train.main(sys.argv[1:])")
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        subprocess.run([sys.executable, "-c", code, *flags], cwd=HERE, env=environment,
+        subprocess.run([sys.executable, "train.py", *flags], cwd=HERE, env=environment,
                        stdout=subprocess.DEVNULL)
     elif fault == "SIGTERM to the group":
         os.killpg(0, signal.SIGTERM)
