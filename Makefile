@@ -13,6 +13,13 @@ FLAGS = $(DATA)$(call flag,MODEL,model)$(call flag,RECIPE,recipe)$(call flag,LAY
   $(call flag,IMAGES_PER_CLASS,images-per-class)$(call flag,DEVICE,device)$(call flag,OUT,out)$\
   $(if $(call typed,ARGS), $(ARGS))
 
+# A misspelt variable is an error.
+SETTINGS = DATASET DATA_DIR MODEL RECIPE LAYERS STEM REDUCTION CARDINALITY WEIGHTS EPOCHS $\
+  BATCH_SIZE LR TRAIN_IMAGES IMAGES_PER_CLASS IMAGE_SIZE SEED DEVICE OUT
+NAMES = $(SETTINGS) ARGS NPROC PYTHON CHECKPOINT IMAGE SEEDS TRAIN
+$(foreach name,$(filter-out $(NAMES),$(.VARIABLES)),$(if $(call typed,$(name)),$\
+  $(error unknown variable $(name); `make` lists those that there are)))
+
 # Without PYTHON=..., the packages of requirements.txt go into .venv the first time.
 PYTHON = .venv/bin/python
 READY := $(if $(call typed,PYTHON),,.venv/ready)
@@ -51,10 +58,9 @@ WIDTHS = resnet senet "senet --reduction 16" senetv2
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "Variables: DATASET DATA_DIR MODEL RECIPE LAYERS STEM REDUCTION CARDINALITY WEIGHTS EPOCHS"
-	@echo "  BATCH_SIZE LR TRAIN_IMAGES IMAGES_PER_CLASS IMAGE_SIZE SEED DEVICE OUT, as in"
-	@echo "  'python train.py --help'; ARGS='...' adds any flag; NPROC=8 starts eight processes;"
-	@echo "  PYTHON=python3 uses an interpreter that has the packages of requirements.txt."
+	@echo "Variables: $(SETTINGS)" | fold -s -w 88
+	@echo "as in 'python train.py --help'; ARGS='...' adds any flag; NPROC=8 starts eight processes;"
+	@echo "PYTHON=python3 uses an interpreter that has the packages of requirements.txt."
 
 train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|folder MODEL=... ...
 	$(TRAIN)$(FLAGS)

@@ -456,12 +456,12 @@ def signals_blocked():
 
 
 def list_images(folder):
-    """torchvision's ImageFolder; FileNotFoundError if there is none, or a class is empty."""
+    """torchvision's DatasetFolder; FileNotFoundError if there is none, or a class is empty."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no {folder.name}/ folder under {folder.parent}; pass --data-dir "
                                 "with a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG")
     try:
-        return datasets.ImageFolder(folder)
+        return datasets.DatasetFolder(folder, read_image, (".jpg", ".jpeg", ".png", ".webp"))
     except FileNotFoundError as error:              # torchvision names the empty classes
         raise FileNotFoundError(f"{folder}: {error}") from None
 

@@ -794,7 +794,8 @@ def test_a_folder_that_moved_is_the_same(relative, folder, load_folder, monkeypa
 @pytest.mark.parametrize("spoil, said", [
     (lambda root: (root / "train").rename(root / "other"), "no train/ folder"),
     (lambda root: (root / "val/owl").rename(root / "val/elk"), "different classes.*elk, owl"),
-    (lambda root: [path.unlink() for path in (root / "train/dog").iterdir()], "dog"),
+    (lambda root: [path.rename(path.with_suffix(".bmp"))
+                   for path in (root / "train/dog").iterdir()], "dog.*: .jpg, .jpeg, .png, .webp$"),
     (lambda root: [path.write_bytes(b"no image") for path in (root / "val/cat").iterdir()],
      "cat_0.JPEG cannot be decoded"),
     (lambda root: Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(
@@ -1353,9 +1354,35 @@ def stop_at(step, number, flags, monkeypatch, kind=data.InMemory):
 
 @pytest.mark.parametrize("name, step", [("SIGTERM", 4), ("SIGINT", 9), ("SIGTERM", 6),
                                         ("SIGINT", 12), ("SIGHUP", 5)])
-def test_a_run_told_to_stop_ends_as_if_it_had_not(name, step, finished, tmp_path, monkeypatch):
+def test_a_run_told_to_stop_ends_as_if_it_had_not(name, step, finished, tmp_path, monkeypatch,
+                                                  capsys):
     flags = [*QUICK, "--out", str(tmp_path)]
     stop_at(step, signal.Signals[name], flags, monkeypatch)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said == f"saved after step {step}; the same command resumes"
+    train.main(flags)
+    assert same_result(tmp_path, finished)
+
+
+class ClosedTerminal:
+    """It fails from the first line of progress on."""
+
+    def isatty(self):
+        return True
+
+    def flush(self):
+        pass
+
+    def write(self, text):
+        if "\033" in text:
+            raise OSError("Input/output error")
+
+
+def test_a_closed_terminal_does_not_keep_a_run_from_saving(finished, tmp_path, monkeypatch):
+    flags = [*QUICK, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", ClosedTerminal())
+        stop_at(9, signal.SIGHUP, flags, monkeypatch)
     train.main(flags)
     assert same_result(tmp_path, finished)
 
@@ -1747,7 +1774,7 @@ def test_what_is_in_no_table_is_named(tmp_path, capsys):
     assert sorted(rest.splitlines()) == sorted([
         f"- {tmp_path}: not a run of train.py", f"- {tmp_path / 'running'}: 1 of 2 epochs",
         *(f"- {tmp_path / name}: not a run of train.py" for name in foreign),
-        f"- {tmp_path / 'edited'}: top-1 60.00%, where a run of the same settings above has 70.00%",
+        f"- {tmp_path / 'edited'}: top-1 60.00%; the run of this name in the table has 70.00%",
     ])
 
 
@@ -1846,10 +1873,12 @@ def test_a_value_with_spaces_and_quotes_arrives_whole(target, variable, flag):
     assert words[words.index(flag) + 1] == value
 
 
-def test_prediction_without_an_image_is_refused():
-    words = ["make", "--no-print-directory", "-n", "predict", "PYTHON=python3"]
+@pytest.mark.parametrize("words, said", [("predict", "needs IMAGE"),
+                                         ("train EPOCH=1", "unknown variable EPOCH;")])
+def test_what_make_cannot_use_is_refused(words, said):
+    words = ["make", "--no-print-directory", "-n", *words.split(), "PYTHON=python3"]
     result = subprocess.run(words, cwd=HERE, text=True, capture_output=True)
-    assert result.returncode != 0 and "IMAGE=" in result.stderr and result.stdout == ""
+    assert result.returncode != 0 and said in result.stderr and result.stdout == ""
 
 
 @pytest.mark.parametrize("target", ["train", "evaluate", "test", "experiment1"])

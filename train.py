@@ -487,7 +487,7 @@ class Run:
         if number:
             if WORLD > 1:               # torchrun ends the others as soon as one has left
                 dist.barrier()
-            self.progress.clear()
+            self.progress.say(f"saved after step {self.step}; the same command resumes")
             sys.exit(128 + number)      # as shells report a signal
 
     def check(self):
@@ -564,8 +564,7 @@ class Progress:
     def __init__(self, run):
         self.run, self.first, self.start, self.shown = run, run.step, time.monotonic(), 0
         self.live = RANK == 0 and sys.stdout.isatty()
-        if RANK == 0:
-            print("  epoch        lr train loss test loss   top-1   top-5  images/s time left")
+        self.say("  epoch        lr train loss test loss   top-1   top-5  images/s time left")
 
     def left(self):
         per_step = (time.monotonic() - self.start) / max(1, self.run.step - self.first)
@@ -575,20 +574,21 @@ class Progress:
     def show(self, place):
         if self.live and time.monotonic() - self.shown > 1:     # rarely: it waits for the device
             self.shown = time.monotonic()
-            print(f"\r\033[Kstep {place + 1}/{len(self.run.losses)}  "
-                  f"loss {self.run.losses[place]:.3f}  {self.left()} left", end="", flush=True)
+            self.say(f"step {place + 1}/{len(self.run.losses)}  "
+                     f"loss {self.run.losses[place]:.3f}  {self.left()} left", end="")
 
     def row(self, row):
-        self.clear()
-        if RANK == 0:
-            print(f"{row['epoch']:>3}/{self.run.settings['epochs']:<3} {row['lr']:>9.2e} "
-                  f"{row['train_loss']:>10.4f} {row['test_loss']:>9.4f} {row['top1']:>6.2f}% "
-                  f"{row['top5']:>6.2f}% {row['images_per_second']:>9,.0f} {self.left():>9}",
-                  flush=True)
+        self.say(f"{row['epoch']:>3}/{self.run.settings['epochs']:<3} {row['lr']:>9.2e} "
+                 f"{row['train_loss']:>10.4f} {row['test_loss']:>9.4f} {row['top1']:>6.2f}% "
+                 f"{row['top5']:>6.2f}% {row['images_per_second']:>9,.0f} {self.left():>9}")
 
-    def clear(self):
-        if self.live:
-            print("\r\033[K", end="", flush=True)
+    def say(self, text, end="\n"):
+        """Print over the line of progress.  A closed terminal must not keep a run from saving."""
+        if RANK == 0:
+            try:
+                print("\r\033[K" * self.live + text, end=end, flush=True)
+            except OSError:
+                sys.stdout = open(os.devnull, "w")
 
 
 # -------------------------------------------------------------------------------------------- Files
@@ -777,8 +777,8 @@ def run_report(folders):
         networks = tables.setdefault(run["shared"], {})
         first = networks.setdefault(run["label"], {}).setdefault(run["settings"]["seed"], run)
         if run["top1"][-1] != first["top1"][-1]:
-            left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%, where "
-                            f"a run of the same settings above has {first['top1'][-1]:.2f}%")
+            left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%; the "
+                            f"run of this name in the table has {first['top1'][-1]:.2f}%")
 
     for shared, networks in tables.items():
         print_results(dict(shared), networks)
