@@ -99,7 +99,7 @@ results: $(READY)  ## write results/README.md from results/about.md and the raw 
 	{ cat results/about.md && $(PYTHON) train.py --report results; } > results/README.tmp
 	mv results/README.tmp results/README.md
 
-paper: $(READY)  ## the paper's tables, four widths of the gate: SEEDS= DATASET= LAYERS= EPOCHS= ...
+paper: $(READY)  ## the paper's tables, no gate and three widths: SEEDS= DATASET= LAYERS= EPOCHS= ...
 	$(call sweep,$(TABLES),$(WIDTHS))
 
 experiment1: $(READY)  ## one layer against two: r = 32 and 16, CIFAR-10
