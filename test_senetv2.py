@@ -1768,7 +1768,7 @@ def test_what_is_in_no_table_is_named(tmp_path, capsys):
     (tmp_path / "without top1" / "metrics.csv").write_text("epoch,top5\n1,80\n2,80\n")
     (tmp_path / "config.json").write_text("of another program")
 
-    table, rest = report_of(tmp_path, capsys).split("\nIn no table:\n\n")
+    table, rest = report_of(tmp_path, capsys).split("\nRuns that are in no table:\n\n")
     foreign = ["a list", "newer recipe", "newer setting", "without top1"]
     assert "| resnet | 8,036,426 | 1 | 70.00 |" in table and "80.00" not in table
     assert sorted(rest.splitlines()) == sorted([

@@ -783,7 +783,7 @@ def run_report(folders):
     for shared, networks in tables.items():
         print_results(dict(shared), networks)
     if left_out:
-        print("\nIn no table:\n\n" + "\n".join(left_out))
+        print("\nRuns that are in no table:\n\n" + "\n".join(left_out))
     if not tables and not left_out:
         raise ValueError("no run (a folder with config.json and metrics.csv) in "
                          f"{', '.join(folders)}; train first")
