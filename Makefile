@@ -1,21 +1,20 @@
 # SENetV2 in four scripts.  `make` alone lists what there is to type.
 
 # A variable counts only where it is typed on make's command line, whatever the environment holds.
-# It becomes a flag of the script, quoted; left out, it takes the script's default.
+# DATA_DIR=x becomes --data-dir 'x'; left out, the script's default holds.
 typed = $(if $(findstring command line,$(origin $(1))),$($(1)))
-flag = $(if $(call typed,$(1)), --$(2) '$(subst ','\'',$($(1)))')
-DATA = $(call flag,DATASET,dataset)$(call flag,DATA_DIR,data-dir)$(call flag,IMAGE_SIZE,image-size)
-CHECK = $(call flag,CHECKPOINT,checkpoint)
-FLAGS = $(DATA)$(call flag,MODEL,model)$(call flag,RECIPE,recipe)$(call flag,LAYERS,layers)$\
-  $(call flag,STEM,stem)$(call flag,REDUCTION,reduction)$(call flag,CARDINALITY,cardinality)$\
-  $(call flag,WEIGHTS,weights)$(call flag,EPOCHS,epochs)$(call flag,BATCH_SIZE,batch-size)$\
-  $(call flag,LR,lr)$(call flag,TRAIN_IMAGES,train-images)$(call flag,SEED,seed)$\
-  $(call flag,IMAGES_PER_CLASS,images-per-class)$(call flag,DEVICE,device)$(call flag,OUT,out)$\
-  $(if $(call typed,ARGS), $(ARGS))
+quoted = '$(subst ','\'',$(1))'
+given = $(foreach name,$(1),$(if $(call typed,$(name)),$(name)))
+flags = $(foreach name,$(call given,$(1)), --$(shell echo $(name) | tr A-Z_ a-z-) $\
+  $(call quoted,$($(name))))
+
+DATA = DATASET DATA_DIR IMAGE_SIZE
+SETTINGS = $(DATA) MODEL RECIPE LAYERS STEM REDUCTION CARDINALITY WEIGHTS EPOCHS BATCH_SIZE LR $\
+  TRAIN_IMAGES IMAGES_PER_CLASS SEED DEVICE OUT
+ARGUMENTS = $(if $(call typed,ARGS), $(ARGS))
+FLAGS = $(call flags,$(SETTINGS))$(ARGUMENTS)
 
 # A misspelt variable is an error.
-SETTINGS = DATASET DATA_DIR MODEL RECIPE LAYERS STEM REDUCTION CARDINALITY WEIGHTS EPOCHS $\
-  BATCH_SIZE LR TRAIN_IMAGES IMAGES_PER_CLASS IMAGE_SIZE SEED DEVICE OUT
 NAMES = $(SETTINGS) ARGS NPROC PYTHON CHECKPOINT IMAGE SEEDS TRAIN
 $(foreach name,$(filter-out $(NAMES),$(.VARIABLES)),$(if $(call typed,$(name)),$\
   $(error unknown variable $(name); `make` lists those that there are)))
@@ -66,25 +65,26 @@ train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|f
 	$(TRAIN)$(FLAGS)
 
 evaluate: $(READY)  ## loss, top-1, top-5, each class: CHECKPOINT=... or the variables of train
-	$(PYTHON) train.py --evaluate$(CHECK)$(FLAGS)
+	$(PYTHON) train.py --evaluate$(call flags,CHECKPOINT)$(FLAGS)
 
-predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=runs/NAME/last.pt
-	$(if $(call typed,IMAGE),,$(error predict needs IMAGE=file))$(PYTHON) train.py$(call flag,IMAGE,predict)$(CHECK)$(FLAGS)
+predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=runs/NAME
+	$(if $(call typed,IMAGE),,$(error predict needs IMAGE=file))$\
+	$(PYTHON) train.py --predict $(call quoted,$(IMAGE))$(call flags,CHECKPOINT)$(FLAGS)
 
 look: $(READY)  ## draw images before and after augmentation: DATASET= DATA_DIR=
-	$(PYTHON) data.py$(DATA)
+	$(PYTHON) data.py$(call flags,$(DATA))
 
 table: $(READY)  ## parameters and multiply-adds beside the paper's
-	$(PYTHON) senetv2.py$(if $(call typed,ARGS), $(ARGS))
+	$(PYTHON) senetv2.py$(ARGUMENTS)
 
 test: $(READY)  ## check every claim of README, docs and docstrings
-	$(PYTHON) -m pytest -q$(if $(call typed,ARGS), $(ARGS))
+	$(PYTHON) -m pytest -q$(ARGUMENTS)
 
 bench: $(READY)  ## measure training, loading and the gates: STEM= LAYERS= BATCH_SIZE= DATASET= ...
 	$(PYTHON) test_senetv2.py bench$(FLAGS)
 
-faults: $(READY)  ## interrupt 100 runs in every way, 5 to 15 minutes: ARGS='--trials 20'
-	$(PYTHON) test_senetv2.py faults$(if $(call typed,ARGS), $(ARGS))
+faults: $(READY)  ## kill 100 runs at random moments, see that none is lost: ARGS='--trials 20'
+	$(PYTHON) test_senetv2.py faults$(ARGUMENTS)
 
 pictures: $(READY)  ## draw the README's pictures anew
 	$(TRAIN)
@@ -92,7 +92,7 @@ pictures: $(READY)  ## draw the README's pictures anew
 	$(PYTHON) data.py --out assets/shapes.png
 	cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png
 
-report: $(READY)  ## tables and charts of all runs in runs/ and results/, as Markdown
+report: $(READY)  ## tables of all runs in runs/ and results/
 	@$(PYTHON) train.py --report runs results
 
 results: $(READY)  ## write results/README.md from results/about.md and the raw files

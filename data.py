@@ -2,12 +2,11 @@
 
     shapes              ten classes of figures, 32x32, drawn here from a fixed seed; no download
     cifar10, cifar100   50,000 + 10,000 images of 32x32, read and downloaded by torchvision
-    imagenet            a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG; 250 training
-                        images per class, as in the paper, chosen by a hash of their names
-    folder              the same layout with images of your own; all of them
+    imagenet            a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG
+    folder              the same layout with images of your own
 
 The first three are small.  They are held whole, as uint8, on the device that trains, and whole
-batches are gathered, cropped, flipped and normalised there.  The JPEGs of a folder are decoded by
+batches are gathered, cropped, flipped and normalised there.  The images of a folder are decoded by
 worker processes, turned as their EXIF orientation says, and made RGB.
 
 One promise makes an interrupted run equal to one that was not, and gives several processes the
@@ -24,15 +23,11 @@ An incomplete last batch is not trained on.
     python data.py --dataset cifar10 --data-dir data        the same of CIFAR-10
 """
 import argparse
-import atexit
 import hashlib
 import math
-import multiprocessing
 import os
 import signal
 import sys
-from contextlib import contextmanager, nullcontext
-from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +39,8 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
-IN_MEMORY = ("shapes", "cifar10", "cifar100")
 FOLDERS = ("imagenet", "folder")
-DATASETS = IN_MEMORY + FOLDERS
+DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
 
 # --------------------------------------------------------------------------------------- Statistics
 
@@ -83,24 +77,6 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def shuffled(seed, epoch, size):
-    """The order in which an epoch shows the training images: a permutation of 0..size-1."""
-    return np.random.default_rng([seed, epoch, ORDER]).permutation(size)
-
-
-def share(step, batch_size, rank, world):
-    """Where this process's part of a training batch lies in the order of the epoch."""
-    size = batch_size // world
-    start = step * batch_size + rank * size
-    return slice(start, start + size)
-
-
-def shares_of_test(size, batch_size, rank, world):
-    """This process's part of each batch of test images; all processes get equally many batches."""
-    for start in range(0, size, batch_size):
-        yield slice(start + rank, start + batch_size, world)
-
-
 def subset(size, count, seed):
     """The indices of the first `count` images of a seeded shuffle, sorted; all of them for 0."""
     if count > size:
@@ -108,12 +84,53 @@ def subset(size, count, seed):
     return np.sort(np.random.default_rng([seed]).permutation(size)[:count or size])
 
 
-def digest(parts):
-    """A short name for a sequence of byte strings: other bytes, another name."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()[:16]
+# ---------------------------------------------------------------------------- The two kinds of sets
+
+
+class Images:
+    """What the two kinds of data sets share: the training images, then the test images, numbered.
+
+    classes       the names of the classes.
+    labels        int64 (N,), of all images; the first train_size of them are for training.
+    content       bytes and arrays that identify what was loaded; a digest of them is in
+                  .identity, because a run must not go on with other images.
+    batch_size    images per training step in all processes together.
+    rank, world   this process and the number of processes; each takes its share of every batch.
+
+    A subclass has load(epoch, parts): for each array of numbers in `parts` it yields the images,
+    uint8 (B, 3, H, W), as augmented in `epoch` or, if that is None, as they are; and the labels.
+    """
+
+    def __init__(self, dataset, classes, labels, train_size, content, *,
+                 device, batch_size, seed, augment, rank, world):
+        self.classes, self.labels, self.train_size = classes, labels, train_size
+        self.test_size, self.steps = len(labels) - train_size, train_size // batch_size
+        digest = hashlib.sha256(b"".join([*map(os.fsencode, classes), *content])).hexdigest()[:16]
+        self.identity = (f"{train_size:,} + {self.test_size:,} images of {len(classes)} classes, "
+                         f"digest {digest}")
+        self.device, self.batch_size, self.seed = torch.device(device), batch_size, seed
+        self.augment, self.rank, self.world = augment, rank, world
+        self.normalise = Normalise(dataset, device)
+
+    def train_batches(self, epoch, first_step=0):
+        """Yield this process's share of each batch: float32 (B, 3, H, W) and labels (B,)."""
+        order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.train_size)
+        shape = self.steps, self.world, self.batch_size // self.world
+        parts = order[:math.prod(shape)].reshape(shape)[first_step:, self.rank]
+        for images, labels in self.load(epoch if self.augment else None, parts):
+            yield self.normalise(images), labels
+
+    def test_batches(self):
+        """Yield this process's share of the test images, each exactly once and not augmented."""
+        numbers = np.arange(self.train_size, len(self.labels))
+        parts = [numbers[start + self.rank:start + self.batch_size:self.world]
+                 for start in range(0, self.test_size, self.batch_size)]
+        for images, labels in self.load(None, parts):       # as many batches in every process
+            yield self.normalise(images), labels
+
+    def view(self, index, epoch=None):
+        """Images `index`, uint8 (n, 3, H, W): as augmented in `epoch`, or as they are."""
+        return next(iter(self.load(epoch, [np.asarray(index)])))[0]
 
 
 # ----------------------------------------------------------------------------------- Sets in memory
@@ -121,76 +138,37 @@ def digest(parts):
 PAD = 4     # pixels of zeros on each side of a 32-pixel image before it is cropped back
 
 
-class InMemory:
-    """A small data set, held whole on `device`.
+class InMemory(Images):
+    """A small data set, held whole on the device.
 
-    name          one of IN_MEMORY.
-    train, test   (images, labels): uint8 (N, 3, H, W) and int64 (N,), on the CPU.
-    classes       their names.
-    batch_size    images per training step in all processes together.
-    rank, world   this process and the number of processes; each takes its share of every batch.
-
-    .identity says what was loaded: a run must not go on with other images.
+    train and test are (images, labels): uint8 (N, 3, H, W) and int64 (N,), on the CPU.
     """
 
-    def __init__(self, name, train, test, classes, *,
-                 device, batch_size, seed, augment, rank, world):
-        self.classes, self.device, self.augment = classes, torch.device(device), augment
-        self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
-        self.train_size, self.test_size = len(train[1]), len(test[1])
-        self.steps = self.train_size // batch_size
-        self.normalise = Normalise(name, device)
-        self.identity = {"classes": classes} | {
-            f"{split} images": f"{len(labels)} ({digest([images.numpy(), labels.numpy()])})"
-            for split, (images, labels) in (("training", train), ("test", test))}
+    def __init__(self, dataset, train, test, classes, device="cpu", **options):
+        labels = torch.cat([train[1], test[1]]).to(device)
+        content = [tensor.numpy() for tensor in (*train, *test)]
+        super().__init__(dataset, classes, labels, len(train[1]), content, device=device, **options)
 
         # A view (2, N, 3, 9, 9, H, W) of the padded images and their mirror images holds all crops:
         # to crop and flip a batch is to index it once.
-        padded = F.pad(train[0].to(device), (PAD,) * 4)
-        height, width = train[0].shape[2:]
-        mirrored = torch.stack([padded, padded.flip(3)])
-        self.windows = mirrored.unfold(3, height, 1).unfold(4, width, 1)
-        self.train_labels = train[1].to(device)
-        self.test_images, self.test_labels = (tensor.to(device) for tensor in test)
+        padded = F.pad(torch.cat([train[0], test[0]]).to(device), (PAD,) * 4)
+        both = torch.stack([padded, padded.flip(3)])
+        self.windows = both.unfold(3, train[0].shape[2], 1).unfold(4, train[0].shape[3], 1)
 
-    def train_batches(self, epoch, first_step=0):
-        """Yield this process's share of each batch: float32 (B, 3, H, W) and labels (B,)."""
-        order = self._send(shuffled(self.seed, epoch, self.train_size))     # one copy per epoch
-        draws = self._draws(epoch if self.augment else None)
-        for step in range(first_step, self.steps):
-            index = order[share(step, self.batch_size, self.rank, self.world)]
-            yield self.normalise(self._crop(index, draws)), self.train_labels[index]
-
-    def test_batches(self):
-        """Yield this process's share of the test images, each exactly once and not augmented."""
-        for part in shares_of_test(self.test_size, self.batch_size, self.rank, self.world):
-            yield self.normalise(self.test_images[part]), self.test_labels[part]
-
-    def view(self, index, epoch=None):
-        """Training images `index`, uint8 (n, 3, H, W): as augmented in `epoch`, or as they are."""
-        return self._crop(self._send(index), self._draws(epoch))
-
-    def close(self):
-        """Nothing to end here; a Folder ends its workers."""
+    def load(self, epoch, parts):
+        draws = torch.from_numpy(self._draws(epoch)).to(self.device)
+        numbers = torch.from_numpy(np.concatenate([[], *parts]).astype(int)).to(self.device)
+        for index in numbers.split([len(part) for part in parts]):
+            flip, top, left = draws[:, index]                               # each (B,)
+            # separated indices put B first
+            yield self.windows[flip, index, :, top, left], self.labels[index]
 
     def _draws(self, epoch):
-        """The flip, the top and the left edge of the crop of each training image: int64 (3, N)."""
+        """The flip, the top and the left edge of the crop of each image: int64 (3, N)."""
         if epoch is None:       # not mirrored, and cropped from the middle
-            draws = np.full((3, self.train_size), [[0], [PAD], [PAD]])
-        else:
-            rng = np.random.default_rng([self.seed, epoch, AUGMENT])
-            draws = rng.integers(0, [[2], [2 * PAD + 1], [2 * PAD + 1]], (3, self.train_size))
-        return self._send(draws)
-
-    def _crop(self, index, draws):
-        flip, top, left = draws[:, index]                   # each (B,)
-        return self.windows[flip, index, :, top, left]      # separated indices put B first
-
-    def _send(self, array):
-        tensor = torch.from_numpy(np.asarray(array))
-        if self.device.type == "cuda":                  # a copy from pinned memory does not block
-            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor
+            return np.full((3, len(self.labels)), [[0], [PAD], [PAD]])
+        rng = np.random.default_rng([self.seed, epoch, AUGMENT])
+        return rng.integers(0, [[2], [2 * PAD + 1], [2 * PAD + 1]], (3, self.train_size))
 
 
 # ------------------------------------------------------------------------------------------- Shapes
@@ -342,26 +320,19 @@ class ImageFiles(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         images = torch.empty(len(index), 3, self.size, self.size, dtype=torch.uint8)
+        crop = self.plain if epoch is None else self.augmented
         for place, i in zip(images, index):
-            image = read_image(os.fsdecode(self.paths[i]))
-            if epoch is None:
-                place.copy_(self.plain(image))
-                continue
             with torch.random.fork_rng(devices=[]):
-                torch.random.default_generator.manual_seed(mix(self.seed, epoch, i))
-                place.copy_(self.augmented(image))
+                torch.random.default_generator.manual_seed(mix(self.seed, epoch or 0, i))
+                place.copy_(crop(read_image(os.fsdecode(self.paths[i]))))
         return images, torch.from_numpy(self.labels[index])
 
 
-class Folder:
-    """A data set of image files, decoded by worker processes, with the interface of InMemory."""
+class Folder(Images):
+    """A data set of image files, decoded by worker processes: `size` pixels per side."""
 
-    def __init__(self, root, size, images_per_class, train_images, workers, *,
-                 device, batch_size, seed, augment, rank, world):
-        self.device, self.augment = torch.device(device), augment
-        self.seed, self.batch_size, self.rank, self.world = seed, batch_size, rank, world
+    def __init__(self, root, size, images_per_class, train_images, workers, *, seed, **options):
         train, test = list_images(Path(root, "train")), list_images(Path(root, "val"))
-        self.classes = train.classes
         if different := sorted(set(train.classes) ^ set(test.classes)):
             raise ValueError(f"train/ and val/ under {root} hold different classes; only in one of "
                              f"them: {printable(', '.join(different[:5]))}")
@@ -369,90 +340,39 @@ class Folder:
         # Names are bytes, because a file name need not be valid text.
         paths, test_paths = (np.array([os.fsencode(path) for path, _ in split.samples])
                              for split in (train, test))
-        labels, test_labels = np.array(train.targets), np.array(test.targets)
+        labels = np.array(train.targets)
         if images_per_class:
             kept = first_of_each_class(paths, labels, images_per_class, seed)
             paths, labels = paths[kept], labels[kept]
         kept = subset(len(labels), train_images, seed)
         paths, labels = paths[kept], labels[kept]
 
-        self.train_size, self.test_size = len(labels), len(test_labels)
-        self.train_labels = torch.from_numpy(labels)
-        self.steps = self.train_size // batch_size
-        self.normalise = Normalise("folder", device)
-        self.identity = {"classes": self.classes} | {
-            f"{split} images": f"{len(names)} ({digest_of_files(names, root)})"
-            for split, names in (("training", paths), ("test", test_paths))}
+        paths = np.concatenate([paths, test_paths])
+        # Names and sizes identify a folder: one that only moved stays the same.
+        content = (b"%s %d\n" % (os.path.relpath(path, os.fsencode(root)), os.path.getsize(path))
+                   for path in paths)
+        both = np.concatenate([labels, test.targets])
+        super().__init__("folder", train.classes, torch.from_numpy(both), len(labels), content,
+                         seed=seed, **options)
 
-        # One loader for both splits, so that its workers start once per run: the training images
-        # come first, then the test images.  The list of keys is filled anew for each pass.
-        self.files = ImageFiles(np.concatenate([paths, test_paths]),
-                                np.concatenate([labels, test_labels]), size, seed)
+        # One loader for both splits, so that its workers start once per run.  The list of keys is
+        # filled anew for each pass.
         self.keys = []
-        self.loader = DataLoader(self.files, batch_size=None, sampler=self.keys,
-                                 num_workers=workers, persistent_workers=workers > 0,
-                                 pin_memory=self.device.type == "cuda",
-                                 worker_init_fn=ignore_signals)
+        self.loader = DataLoader(
+            ImageFiles(paths, both, size, seed), batch_size=None, sampler=self.keys,
+            num_workers=workers, persistent_workers=workers > 0, worker_init_fn=ignore_ctrl_c,
+            pin_memory=self.device.type == "cuda")
 
-    def train_batches(self, epoch, first_step=0):
-        order = shuffled(self.seed, epoch, self.train_size)
-        parts = [share(step, self.batch_size, self.rank, self.world)
-                 for step in range(first_step, self.steps)]
-        return self._load([(epoch if self.augment else None, order[part]) for part in parts])
-
-    def test_batches(self):
-        numbers = self.train_size + np.arange(self.test_size)
-        parts = shares_of_test(self.test_size, self.batch_size, self.rank, self.world)
-        return self._load([(None, numbers[part]) for part in parts])
-
-    def view(self, index, epoch=None):
-        return self.files[epoch, index][0]
-
-    def close(self):
-        """End the workers.  They ignore the signals by which Python would end them at its exit."""
-        if self.loader._iterator is not None:       # PyTorch has no public way
-            self.loader._iterator._shutdown_workers()
-            self.loader._iterator = None
-            atexit.unregister(self.close)
-
-    def _load(self, keys):
-        self.keys[:] = keys
-        try:
-            starts = self.loader.num_workers > 0 and self.loader._iterator is None
-            with signals_blocked() if starts else nullcontext():
-                batches = iter(self.loader)
-            if starts:
-                atexit.register(self.close)         # for programs that do not close it
-            for images, labels in batches:          # uint8 travels: a quarter of float32
-                images = images.to(self.device, non_blocking=True)
-                yield self.normalise(images), labels.to(self.device, non_blocking=True)
-        except ValueError as error:     # a worker's holds its traceback; the last line says it
-            raise ValueError(str(error).splitlines()[-1].removeprefix("ValueError: ")) from None
+    def load(self, epoch, parts):
+        self.keys[:] = [(epoch, part) for part in parts]
+        for images, labels in self.loader:          # uint8 travels: a quarter of float32
+            yield (images.to(self.device, non_blocking=True),
+                   labels.to(self.device, non_blocking=True))
 
 
-# The signals that stop a run.  Its workers must outlive them, so that it can save and leave first.
-STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
-            if hasattr(signal, name)]       # Windows has no SIGHUP
-
-
-def ignore_signals(worker=None):
-    for number in STOPPING:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def signals_blocked():
-    """No such signal reaches a process that is started here; this one loses none of them."""
-    if not hasattr(signal, "pthread_sigmask"):      # Windows
-        yield
-        return
-    if multiprocessing.get_start_method() != "fork":
-        resource_tracker.ensure_running()           # its start unblocks signals: so not below
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def ignore_ctrl_c(worker):
+    """The terminal sends Ctrl-C to the workers as well; they leave when the main process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def list_images(folder):
@@ -478,28 +398,21 @@ def first_of_each_class(paths, labels, count, seed):
     return np.sort(np.concatenate(kept))
 
 
-def digest_of_files(paths, root):
-    """A digest of relative names and of sizes: a folder that only moved keeps its digest."""
-    root = os.fsencode(root)
-    return digest(b"%s %d\n" % (os.path.relpath(path, root), os.path.getsize(path))
-                  for path in paths)
-
-
 # ---------------------------------------------------------------------------------------- load_data
 
 
 def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, augment=True,
-              train_images=0, images_per_class=None, image_size=224, workers=0, rank=0, world=1):
+              train_images=0, images_per_class=0, image_size=224, workers=0, rank=0, world=1):
     """A data set ready to train on: an InMemory or a Folder.
 
-    root               where CIFAR's files lie (or go), or the folder that holds train/ and val/.
-    batch_size         images per step, in all `world` processes together.
-    seed               of order, augmentation and subsets; `shapes` itself is always the same.
-    augment            whether training images are cropped and flipped at random.
-    train_images       keep this many training images of a seeded shuffle; 0 keeps all.
-    images_per_class, image_size, workers    of folders: 0 takes all training images, and None takes
-                       250 for imagenet and all for others; pixels per side; the number of
-                       processes that decode.
+    root                where CIFAR's files lie (or go), or the folder that holds train/ and val/.
+    batch_size          images per step, in all `world` processes together.
+    seed                of order, augmentation and subsets; `shapes` itself is always the same.
+    augment             whether training images are cropped and flipped at random.
+    train_images        keep this many training images of a seeded shuffle; 0 keeps all.
+    images_per_class    in folders: keep this many training images of each class; 0 keeps all.
+    image_size          in folders: pixels per side.
+    workers             in folders: processes that decode.
 
     Raises ValueError or FileNotFoundError, in one line that says what to do.
     """
@@ -507,8 +420,6 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
         raise ValueError(f"unknown data set {dataset!r}; give one of {', '.join(DATASETS)}")
     common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank,
                   world=world)
-    if images_per_class is None:
-        images_per_class = 250 if dataset == "imagenet" else 0
     if dataset in FOLDERS:
         return Folder(root, image_size, images_per_class, train_images, workers, **common)
 
@@ -525,7 +436,7 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
 
 def contact_sheet(data, columns=5, rows=100):
     """uint8 (3, H, W): one row per class, each image before and after augmentation."""
-    labels = data.train_labels.cpu().numpy()
+    labels = data.labels[:data.train_size].cpu().numpy()
     index = np.concatenate([np.resize(np.flatnonzero(labels == label), columns)
                             for label in range(len(data.classes))[:rows]])
     pictures = torch.stack([data.view(index), data.view(index, epoch=0)], 1).flatten(0, 1).cpu()

@@ -22,7 +22,6 @@ layers have biases and C/r is rounded down.
     python senetv2.py --image-size 224    the same for another image size
 """
 import argparse
-import difflib
 import sys
 
 import torch
@@ -119,14 +118,15 @@ class GatedBottleneck(Bottleneck):
 
 
 def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", reduction=32,
-                cardinality=4, residual=False, **options):
+                cardinality=4, residual=False, image_size=32, **options):
     """A network that maps images (B, 3, H, W) to logits (B, num_classes).
 
-    name       resnet, senet or senetv2; or a peer, for which only num_classes and options count.
+    name       resnet, senet or senetv2; or a peer, which has num_classes and options alone.
     layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small net.
     stem       "imagenet": 7x7 with stride 2, then max-pooling; layer1 sees 32x32 images as 8x8.
                "cifar": 3x3 with stride 1 and no pooling; they stay 32x32.
     reduction, cardinality, residual    of the gates, as in AggregatedSqueezeExcitation.
+    image_size    pixels per side, which only vit must know.
     options    go to torchvision's constructor, for example norm_layer=... .
 
     Raises ValueError for an unknown name or stem, for layers that are not four positive numbers,
@@ -136,7 +136,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     the gates follow, so from one seed all three networks start with the same convolutions.
     """
     if name not in OURS:
-        return build_peer(name, num_classes, **options)
+        return build_peer(name, num_classes, image_size, **options)
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; give one of {', '.join(STEMS)}")
     if len(layers) != 4 or min(layers) < 1:
@@ -162,33 +162,26 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
 # ---------------------------------------------------------------------------------------- The peers
 
 
-def build_peer(name, num_classes, **options):
-    """A classification network of torchvision, by its name there, or "vit".
+def build_peer(name, num_classes, image_size, **options):
+    """One of PEERS: a classification network of torchvision, by its name there, or "vit".
 
     vit is torchvision's VisionTransformer in the size of ViT-S: 21 M parameters, nearly as many as
-    ResNet-50.  Its option image_size (default 32) is the side of the images; its patches have 4x4
-    pixels in images of up to 64x64, and 16x16 pixels in larger ones.
+    ResNet-50.  Its patches have 4x4 pixels in images of up to 64x64, and 16x16 in larger ones.
 
     Raises ValueError for an unknown name, and for an image size that the patches do not divide.
     """
     if name == "vit":
-        size = options.pop("image_size", 32)
-        patch = 4 if size <= 64 else 16
-        if size % patch:
-            raise ValueError(f"vit cuts images into patches of {patch}x{patch} pixels, and {size} "
-                             f"is not a multiple of {patch}; give another image size")
+        patch = 4 if image_size <= 64 else 16
+        if image_size % patch:
+            raise ValueError(f"vit cuts images into patches of {patch}x{patch} pixels, and "
+                             f"{image_size} is not a multiple of {patch}; give another image size")
         return torchvision.models.VisionTransformer(
-            size, patch, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536,
+            image_size, patch, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536,
             num_classes=num_classes, **options)
 
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name in known:
+    if name in PEERS:
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
-
-    similar = difflib.get_close_matches(name, [*OURS, *PEERS, *known], n=1)
-    hint = f"; did you mean {similar[0]}?" if similar else ""
-    raise ValueError(f"unknown model {name!r}; give {', '.join(OURS)}, or to compare with them "
-                     f"{', '.join(PEERS)} or another classification network of torchvision{hint}")
+    raise ValueError(f"unknown model {name!r}; give one of {', '.join(OURS + PEERS)}")
 
 
 # ---------------------------------------------------------------------------------------- The table
