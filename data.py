@@ -28,12 +28,13 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
+from PIL import Image, ImageOps      # torchvision brings it
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -100,6 +101,8 @@ class Images:
     A subclass has load(epoch, parts): for each array of numbers in `parts` it yields the images,
     uint8 (B, 3, H, W), as augmented in `epoch` or, if that is None, as they are; and the labels.
     """
+
+    left_out = {}       # in folders: ending -> the number of files that are no images by it
 
     def __init__(self, dataset, classes, labels, train_size, content, *,
                  device, batch_size, seed, augment, rank, world):
@@ -272,18 +275,18 @@ def printable(text):
 
 
 def read_image(path):
-    """uint8 (3, H, W), turned as its EXIF orientation says; ValueError if it is no image."""
-    try:    # numpy opens names that are not UTF-8, which torchvision does not
-        content = torch.from_numpy(np.fromfile(path, np.uint8))
-        image = torchvision.io.decode_image(content, mode="RGB", apply_exif_orientation=True)
-    except (RuntimeError, OSError) as error:        # an OSError: it vanished, or may not be read
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{printable(str(path))} cannot be decoded as an image ({reason}); "
-                         "replace or remove it") from None
-    if image.dtype != torch.uint8 or image.ndim != 3:
-        raise ValueError(f"{printable(str(path))} holds several images, or more than 8 bits per "
-                         "colour; convert it")
-    return image
+    """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ValueError, in one line."""
+    try:
+        with Image.open(path) as image:                 # of an animation, the first picture
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):              # 16 bits of grey: convert() would clip them
+                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            return v2.functional.pil_to_tensor(image.convert("RGB"))
+    except FileNotFoundError:
+        raise ValueError(f"{printable(str(path))} is not found") from None
+    except Exception as error:      # a broken file can make a decoder raise whatever it likes
+        raise ValueError(f"{printable(str(path))} cannot be decoded as an image "
+                         f"({printable(str(error))}); replace or remove it") from None
 
 
 def centre(size):
@@ -332,15 +335,13 @@ class Folder(Images):
     """A data set of image files, decoded by worker processes: `size` pixels per side."""
 
     def __init__(self, root, size, images_per_class, train_images, workers, *, seed, **options):
-        train, test = list_images(Path(root, "train")), list_images(Path(root, "val"))
-        if different := sorted(set(train.classes) ^ set(test.classes)):
+        left_out = Counter()
+        classes, paths, labels = list_images(root, "train", left_out)
+        test_classes, test_paths, test_labels = list_images(root, "val", left_out)
+        if different := sorted(set(classes) ^ set(test_classes)):
             raise ValueError(f"train/ and val/ under {root} hold different classes; only in one of "
                              f"them: {printable(', '.join(different[:5]))}")
 
-        # Names are bytes, because a file name need not be valid text.
-        paths, test_paths = (np.array([os.fsencode(path) for path, _ in split.samples])
-                             for split in (train, test))
-        labels = np.array(train.targets)
         if images_per_class:
             kept = first_of_each_class(paths, labels, images_per_class, seed)
             paths, labels = paths[kept], labels[kept]
@@ -349,11 +350,12 @@ class Folder(Images):
 
         paths = np.concatenate([paths, test_paths])
         # Names and sizes identify a folder: one that only moved stays the same.
-        content = (b"%s %d\n" % (os.path.relpath(path, os.fsencode(root)), os.path.getsize(path))
+        content = (b"%s %d\n" % (os.path.relpath(path, os.fsencode(root)), size_of(path))
                    for path in paths)
-        both = np.concatenate([labels, test.targets])
-        super().__init__("folder", train.classes, torch.from_numpy(both), len(labels), content,
+        both = np.concatenate([labels, test_labels])
+        super().__init__("folder", classes, torch.from_numpy(both), len(labels), content,
                          seed=seed, **options)
+        self.left_out = dict(+left_out)         # + drops the zeros
 
         # One loader for both splits, so that its workers start once per run.  The list of keys is
         # filled anew for each pass.
@@ -375,15 +377,46 @@ def ignore_ctrl_c(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def list_images(folder):
-    """torchvision's DatasetFolder; FileNotFoundError if there is none, or a class is empty."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no {folder.name}/ folder under {folder.parent}; pass --data-dir "
-                                "with a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG")
+def list_images(root, split, left_out):
+    """(classes, paths, labels) of root/split/CLASS/: what torchvision's ImageFolder would read.
+
+    Names that begin with a dot are left out in silence, other files that are no images are counted
+    in `left_out`, by their ending.  Paths are bytes, because a file name need not be valid text.
+    Raises FileNotFoundError that says what is there instead.
+    """
+    def is_image(path):
+        ending = os.path.splitext(path)[1].lower()
+        if os.sep + "." in path[len(folder):]:
+            return False
+        left_out[ending] += ending not in datasets.folder.IMG_EXTENSIONS
+        return ending in datasets.folder.IMG_EXTENSIONS
+
+    folder = os.path.join(root, split)
     try:
-        return datasets.DatasetFolder(folder, read_image, (".jpg", ".jpeg", ".png", ".webp"))
-    except FileNotFoundError as error:              # torchvision names the empty classes
-        raise FileNotFoundError(f"{folder}: {error}") from None
+        place = folder if os.path.isdir(folder) else root
+        inside = sorted(os.scandir(place), key=lambda entry: entry.name)
+        classes = [entry.name for entry in inside if entry.is_dir() and entry.name[0] != "."]
+        if place == folder and classes:
+            samples = datasets.folder.make_dataset(
+                folder, {name: label for label, name in enumerate(classes)}, is_valid_file=is_image)
+            paths, labels = zip(*samples)
+            return classes, np.array([os.fsencode(path) for path in paths]), np.array(labels)
+        problem = (f"{place} holds {len(classes)} folders {classes[:3]} and "
+                   f"{len(inside) - len(classes):,} files")
+    except FileNotFoundError as error:          # no such root, or a class without images
+        problem = f"{error}, files by ending: {dict(left_out)}"
+    raise FileNotFoundError(printable(
+        f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "
+        "and val/, each with one folder per class; see 'Images and layouts' in docs/workshop.md"))
+
+
+def size_of(path):
+    """The size of a file in bytes.  Raises ValueError for, say, a link to nothing."""
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise ValueError(f"{printable(os.fsdecode(path))} cannot be read ({error.strerror}); "
+                         "remove it") from None
 
 
 def first_of_each_class(paths, labels, count, seed):
@@ -466,6 +499,8 @@ def main():
 
     for row, name in enumerate(data.classes[:100], start=1):
         print(f"row {row:3d}  {printable(name)}")
+    if data.left_out:
+        print(f"files left out, by ending: {data.left_out}")
     print(f"{out}: five images per row, each before and, right of it, after augmentation")
 
 

@@ -139,9 +139,9 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
         return build_peer(name, num_classes, image_size, **options)
     if stem not in STEMS:
         raise ValueError(f"unknown stem {stem!r}; give one of {', '.join(STEMS)}")
-    if len(layers) != 4 or min(layers) < 1:
-        raise ValueError(f"layers are {','.join(map(str, layers))}; give four positive numbers, "
-                         "such as 3,4,6,3 (ResNet-50) or 1,1,1,1")
+    if len(layers) != 4 or not all(isinstance(n, int) and n > 0 for n in layers):
+        raise ValueError(f"layers are {layers!r}; give four positive numbers, such as "
+                         "(3, 4, 6, 3), which is ResNet-50, or (1, 1, 1, 1)")
 
     block = GatedBottleneck if name in GATES else Bottleneck
     model = ResNet(block, list(layers), num_classes, **options)

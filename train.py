@@ -352,20 +352,27 @@ def load(path):
 def load_weights(net, source, model):
     """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a line about it.
 
-    source    "imagenet", torchvision's weights of the network or its trunk; or a checkpoint's path.
+    source    "imagenet": torchvision's weights of the network or its trunk.  Or a file: a state
+              dict, alone or as "model" or "state_dict" of a checkpoint, also with the prefixes
+              that DataParallel and torch.compile put before the names.
 
     Raises ValueError or FileNotFoundError for weights that cannot be read or do not fit at all.
     """
     if source == "imagenet":
         name = "resnet50" if model in OURS else model
         with explained(f"torchvision's weights of {name} are not on this disk and cannot be "
-                       "downloaded", "leave --weights out, or give a checkpoint"):
-            source = torchvision.models.get_model_weights(name).DEFAULT
-            weights = source.get_state_dict(check_hash=True)
+                       "downloaded", "leave --weights out, or give a file"):
+            weights = torchvision.models.get_model_weights(name).DEFAULT
+            weights = weights.get_state_dict(check_hash=True)
     else:
         source = checkpoint_file(source)
-        with usable(source):
-            weights = torch.load(source, map_location="cpu", weights_only=True)["model"]
+        # torchvision's own training script stores its command line beside the weights
+        with explained(f"{source} holds no weights", "give a file with a state dict"), \
+                torch.serialization.safe_globals([argparse.Namespace]):
+            weights = torch.load(source, map_location="cpu", weights_only=True)
+            weights = weights.get("model", weights.get("state_dict", weights))
+            weights = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value
+                       for key, value in weights.items() if torch.is_tensor(value)}
 
     own = net.state_dict()
     fitting = {key: value for key, value in weights.items()
@@ -465,8 +472,11 @@ def describe(run, net, data, folder):
 
     say(" ".join(f"{key}={value}" for key, value in (run.settings | about).items()))
     say(f"{data.train_size:,} training and {data.test_size:,} test images; {data.steps} steps per "
-        f"epoch, {data.batch_size // WORLD} images per step and process"
+        f"epoch, {data.batch_size // WORLD} images per step and process; "
+        f"{data.train_size % data.batch_size} images are left over in each epoch"
         + f"; resuming after step {run.step}" * bool(run.step))
+    if data.left_out:
+        say(f"files left out, by ending: {data.left_out}")
 
 
 # ----------------------------------------------------------- Evaluating, predicting, looking inside
@@ -696,6 +706,9 @@ def main(argv=None):
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         last = str(error).strip().rpartition("\n")[2]       # that of a worker holds its traceback
         message = printable(last.removeprefix("ValueError: "))
+        if "more than 1 value per channel" in message:      # batch norm's complaint
+            message = ("one image per step and process is too few for batch norm, where the last "
+                       "maps have one pixel; give a larger --batch-size")
     except Exception as error:
         lost = isinstance(error, dist.DistError) or WORLD > 1 and "gloo" in str(error)
         message = "another process of this run has failed" if lost else traceback.format_exc()
