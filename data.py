@@ -49,7 +49,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
 # The 0.2023, 0.1994, 0.2010 that is often copied for CIFAR-10 averages the deviations within single
 # images, and is too small.
 STATISTICS = {
-    "shapes": ((0.4980, 0.5020, 0.5016), (0.2835, 0.2855, 0.2844)),
+    "shapes": ((0.4990, 0.5014, 0.5020), (0.2857, 0.2849, 0.2852)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),     # as its weights expect
@@ -218,7 +218,7 @@ def draw_shapes(count, seed, size=32):
         return low + (high - low) * rng.random(shape, dtype=np.float32)
 
     labels = rng.permutation(np.arange(count) % len(SHAPES))
-    radius = uniform(6, 12, count, 1, 1)                                    # pixels
+    radius = uniform(9, 14, count, 1, 1)                                    # pixels
     middle = size / 2 + uniform(-1, 1, 2, count, 1, 1) * (size / 2 - radius)
     angle = uniform(0, 2 * math.pi, count, 1, 1)
 
@@ -457,7 +457,7 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
         return Folder(root, image_size, images_per_class, train_images, workers, **common)
 
     if dataset == "shapes":
-        train, test, classes = draw_shapes(8000, seed=1), draw_shapes(1000, seed=2), list(SHAPES)
+        train, test, classes = draw_shapes(12000, seed=1), draw_shapes(1000, seed=2), list(SHAPES)
     else:
         train, test, classes = read_cifar(dataset, root)
     index = subset(len(train[1]), train_images, seed)

@@ -176,7 +176,8 @@ class LiteralBranches(nn.Module):
 
 @pytest.mark.parametrize("sizes", [(64, 8, 4), (60, 7, 3), (256, 32, 1)])
 def test_the_wide_matrix_trains_like_the_literal_branches(sizes):
-    literal, ours = LiteralBranches(*sizes).double(), AggregatedSqueezeExcitation(*sizes).double()
+    literal = LiteralBranches(*sizes).double()
+    ours = AggregatedSqueezeExcitation(*sizes[:2], cardinality=sizes[2]).double()
 
     def stacked(tensor):        # the literal branches' weights or gradients as those of one layer
         wide = zip(*(map(tensor, branch.parameters()) for branch in literal.branches))
@@ -212,6 +213,10 @@ def test_the_gate_is_torchvisions_and_residual_adds_the_input(kind, sizes, resid
               torch.export.export(ours, (x,)).module())
     for y in (ours(x), last, *(other(x) for other in others)):
         torch.testing.assert_close(y, expected)
+    with pytest.raises(AssertionError, match=r"\(B, C, H, W\), not .*64, 6, 5"):
+        ours(x[0])
+    with pytest.raises(TypeError):
+        kind(64, 8, True)       # which of residual and cardinality would that be?
     scale = ours.scale(x)       # one factor per channel, in its range
     assert scale.shape == (2, 64, 1, 1) and residual < scale.min() < scale.max() < residual + 1
 
@@ -249,7 +254,8 @@ def test_the_squeeze_leaves_one_number_per_channel():
 def test_the_parameters_of_a_gate_grow_with_its_width(cardinality, count):
     width = cardinality * 256 // 32
     by_hand = 2 * 256 * width + width + 256
-    assert parameters(AggregatedSqueezeExcitation(256, 32, cardinality)) == by_hand == count
+    block = AggregatedSqueezeExcitation(256, 32, cardinality=cardinality)
+    assert parameters(block) == by_hand == count
 
 
 @pytest.mark.parametrize("name, options, said", [
@@ -306,11 +312,30 @@ def test_the_bottleneck_gates_the_last_norm_before_the_addition():
     gated = build_model("senet", 10, SMALL, reduction=16).layer2[0].double()
     plain = Bottleneck(256, 128, stride=2, downsample=gated.downsample).double()
     plain.load_state_dict(gated.state_dict(), strict=False)
-    plain.bn3.register_forward_hook(lambda module, args, out: gated.gate(out))
+    w1, b1, w2, b2 = gated.gate.parameters()
+    plain.bn3.register_forward_hook(lambda module, args, out: torch.einsum(
+        "bchw,bc->bchw", out, 1 / (1 + torch.exp(
+            -(out.flatten(2).mean(2) @ w1.T + b1).clamp(min=0) @ w2.T - b2))))      # literally
+
     x = torch.randn(2, 256, 8, 8, dtype=torch.float64, requires_grad=True)
     outputs = gated(x), plain(x)
     torch.testing.assert_close(*outputs)
-    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in outputs))
+    learnt = [x, w1, b1, w2, b2, gated.downsample[0].weight]
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), learnt) for y in outputs))
+
+
+@pytest.mark.parametrize("name", senetv2.GATES)
+def test_gates_are_called_as_modules_so_hooks_see_them(name):
+    net, seen = build_model(name, 10), []
+    for block in net.modules():
+        if isinstance(block, Bottleneck):
+            block.gate.register_forward_hook(lambda gate, inputs, out: seen.append((gate, out)))
+    net(torch.randn(2, 3, 32, 32))
+    assert len({gate for gate, _ in seen}) == len(seen) == 16
+
+    # What a hook keeps stays as it was: nothing is added to it in place.
+    kept = [out.clone() for _, out in seen]
+    assert all(torch.equal(out, copy) for (_, out), copy in zip(seen, kept))
 
 
 @pytest.mark.parametrize("name", senetv2.PEERS)
@@ -468,16 +493,16 @@ def test_the_contact_sheet_pairs_before_and_after_per_class():
 
 
 def test_shapes_are_always_the_same_with_ten_equal_classes_and_the_tables_statistics():
-    images, labels = data.draw_shapes(8000, seed=1)
-    assert_equal(data.draw_shapes(8000, seed=1), (images, labels))
-    assert torch.bincount(labels).tolist() == [800] * 10
+    images, labels = data.draw_shapes(12000, seed=1)
+    assert_equal(data.draw_shapes(12000, seed=1), (images, labels))
+    assert torch.bincount(labels).tolist() == [1200] * 10
     deviation, mean = torch.std_mean(images.double() / 255, (0, 2, 3))
     known = torch.tensor(data.STATISTICS["shapes"], dtype=torch.float64)
     torch.testing.assert_close(torch.stack([mean, deviation]), known, atol=6e-5, rtol=0)
 
 
 def test_a_linear_classifier_on_the_pixels_fails_on_shapes():
-    (x, y), (test_x, test_y) = data.draw_shapes(8000, seed=1), data.draw_shapes(1000, seed=2)
+    (x, y), (test_x, test_y) = data.draw_shapes(12000, seed=1), data.draw_shapes(1000, seed=2)
     x, test_x = (F.pad(images.flatten(1).float() / 127.5 - 1, (0, 1), value=1)
                  for images in (x, test_x))
     for ridge in (10, 1000, 100000):        # least squares, in closed form
@@ -747,8 +772,8 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     ("--image-size 31", "from 32 to"), (f"--seed {2**63}", str(2**63 - 1)),
 
     # What only the data, the network or the disk can tell.
-    ("--reduction 257", "number of channels, 256"), ("--batch-size 9000", "images, 8000"),
-    ("--train-images 8001", "8000 training"), ("--dataset imagenet", "--data-dir"),
+    ("--reduction 257", "number of channels, 256"), ("--batch-size 13000", "images, 12000"),
+    ("--train-images 12001", "12000 training"), ("--dataset imagenet", "--data-dir"),
     ("--evaluate --checkpoint nowhere.pt", "train first"), ("--out file/run", "file/run"),
     ("--out file", "file"), ("--model vit --weights file", "holds no weights"),
     ("--weights imagenet", "resnet50 are not on this disk"),
@@ -766,7 +791,7 @@ def test_bad_input_is_refused_in_one_line(flags, said, capsys, tmp_path, monkeyp
 
 def test_help_shows_the_defaults_that_count(capsys):
     for flags, epochs in (
-            ("", 10), ("--dataset cifar10", 30), ("--dataset cifar10 --recipe strong", 100)):
+            ("", 3), ("--dataset cifar10", 30), ("--dataset cifar10 --recipe strong", 100)):
         with pytest.raises(SystemExit):
             train.main([*flags.split(), "--help"])
         text = " ".join(capsys.readouterr().out.split())
@@ -1140,6 +1165,22 @@ def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
     assert lines[13] == (f"layer3: mean gate {means.mean():.3f}; standard deviation between "
                          f"classes {between:.4f}")
     assert Image.open(finished / "gates.png").size == (2064, 4 * 108 + 8) and len(lines) == 16
+
+
+def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
+    code, = [code for code in re.findall(r"^```python\n(.*?)^```", PAGES["README.md"], re.M | re.S)
+             if "class Constant" in code]
+    exec(code, names := {})
+    monkeypatch.setitem(senetv2.GATES, "constant", names["Constant"])
+    monkeypatch.setattr(senetv2, "OURS", (*OURS, "constant"))
+    monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", (*OURS, "constant"), "a gate"))
+    monkeypatch.setitem(train.USED_BY, "layers", ("constant",))
+    train.main([*QUICK[:4], "--epochs", "1", "--model", "constant", "--out", str(tmp_path)])
+    train.main(["--evaluate", "--checkpoint", str(tmp_path)])
+    assert "no picture of the gates" in capsys.readouterr().out.splitlines()[-1]
+
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), names["Constant"](8))         # in another network
+    assert other(torch.randn(2, 3, 9, 9)).shape == (2, 8, 7, 7)
 
 
 @pytest.mark.parametrize("source, statistics, side", [("shapes", "shapes", 32),
@@ -1521,7 +1562,7 @@ def bench_cardinality(args, device):
     x.requires_grad_()
     ways, sizes = [], (1, 4, 16, 64)
     for cardinality in sizes:
-        stacked, apart = (kind(1024, 8 * cardinality, cardinality).to(device)
+        stacked, apart = (kind(1024, 8 * cardinality, cardinality=cardinality).to(device)
                           for kind in (AggregatedSqueezeExcitation, LiteralBranches))
 
         # The same squeeze as ours, so that the layers alone make the difference.
@@ -1560,7 +1601,7 @@ def faults(argv):
 
     with tempfile.TemporaryDirectory() as root:
         draw_folder((root := Path(root)) / "images")
-        data.draw_shapes(8000, seed=1)
+        data.draw_shapes(12000, seed=1)
         for case in CASES:
             start = time.monotonic()
             assert not any(wait(launch(root, str(case), case))), (root / "said").read_text()

@@ -68,7 +68,7 @@ RECIPES = {
                    epochs=100),
 }
 FOR_DATASET = {     # the embedded set is for a laptop: the paper's small net and a short run
-    "shapes": dict(layers="1,1,1,1", epochs=10, batch_size=64),
+    "shapes": dict(layers="1,1,1,1", epochs=3, batch_size=64),
     "folder": dict(images_per_class=0),
 }
 
@@ -504,10 +504,12 @@ def look_inside(net, data, path):
     After arXiv 1709.01507, section 7.2.  One strip per stage, of its last bottleneck: one row per
     class, one column per channel, sorted by mean; from black, the strip's lowest gate, to white.
     """
+    last = [stage[-1].gate for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+    if not all(hasattr(gate, "scale") for gate in last):
+        return say("no picture of the gates: not all have a method scale(x), the factor alone")
     gates = []
-    hooks = [stage[-1].bn3.register_forward_hook(
-        lambda bn3, args, out, gate=stage[-1].gate: gates.append(gate.scale(out).flatten(1)))
-        for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
+    hooks = [gate.register_forward_hook(lambda gate, inputs, out: gates.append(
+        gate.scale(*inputs).flatten(1))) for gate in last]
 
     def results(images, labels):
         gates.clear()
