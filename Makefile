@@ -122,6 +122,7 @@ clean:  ## remove .venv and caches; runs and data stay
 
 .venv/ready: requirements.txt
 	@echo "installing requirements.txt into .venv: minutes and several GB, this once"
+	@echo "(if your own Python has these packages: Ctrl-C, then add PYTHON=python3)"
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --requirement requirements.txt
 	@touch $@

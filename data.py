@@ -2,7 +2,7 @@
 
     shapes              ten classes of figures, 32x32, drawn here from a fixed seed; no download
     cifar10, cifar100   50,000 + 10,000 images of 32x32, read and downloaded by torchvision
-    imagenet            a folder that holds train/CLASS/*.JPEG and val/CLASS/*.JPEG
+    imagenet            a folder that holds images in train/CLASS/ and val/CLASS/
     folder              the same layout with images of your own
 
 The first three are small.  They are held whole, as uint8, on the device that trains, and whole
@@ -49,7 +49,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
 # The 0.2023, 0.1994, 0.2010 that is often copied for CIFAR-10 averages the deviations within single
 # images, and is too small.
 STATISTICS = {
-    "shapes": ((0.4990, 0.5014, 0.5020), (0.2857, 0.2849, 0.2852)),
+    "shapes": ((0.4989, 0.5013, 0.5020), (0.2855, 0.2846, 0.2849)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),     # as its weights expect
@@ -218,7 +218,7 @@ def draw_shapes(count, seed, size=32):
         return low + (high - low) * rng.random(shape, dtype=np.float32)
 
     labels = rng.permutation(np.arange(count) % len(SHAPES))
-    radius = uniform(9, 14, count, 1, 1)                                    # pixels
+    radius = uniform(10, 14, count, 1, 1)                                    # pixels
     middle = size / 2 + uniform(-1, 1, 2, count, 1, 1) * (size / 2 - radius)
     angle = uniform(0, 2 * math.pi, count, 1, 1)
 

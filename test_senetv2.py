@@ -749,7 +749,8 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     lines, (_, last) = finished.with_name("said").read_text().splitlines(), rows(finished)
     printed = [line.split()[:2] for line in lines if line.startswith("epoch ")]
     assert printed == [["epoch", row["epoch"]] for row in rows(finished)]
-    assert f"done: top-1 {float(last['top1']):.2f}%" in lines[-1]
+    assert f"done: top-1 {float(last['top1']):.2f}%" in lines[-2]
+    assert f"make evaluate CHECKPOINT={finished}" in lines[-1]
     rate = 5e-4 * (1 + math.cos(math.pi * 10 / 11))     # in step 11 of 0 to 11; one warms up
     assert float(last["lr"]) == pytest.approx(rate)
 
@@ -760,7 +761,7 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     before = (finished / "last.pt").stat()
     train.main([*QUICK, "--out", str(finished)])
     first, *rest = capsys.readouterr().out.splitlines()
-    assert "already finished" in first and rest == lines[-1:]
+    assert "already finished, nothing trained" in first and rest == lines[-2:]
     assert (finished / "last.pt").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -1417,6 +1418,30 @@ def test_the_results_are_what_the_report_prints(monkeypatch, capsys):
     train.main(["--report", "results"])
     report = Path("results", "about.md").read_text() + capsys.readouterr().out
     assert PAGES["results/README.md"] == report
+
+
+def test_the_answers_and_the_verdict_follow_from_the_raw_files():
+    top1 = {}
+    for folder in HERE.glob("results/cifar*-full-size/*"):
+        settings = json.loads((folder / "config.json").read_text())["settings"]
+        width = f" r={settings['reduction']}" if settings["model"] == "senet" else ""
+        seeds = top1.setdefault((settings["dataset"], settings["model"] + width), {})
+        seeds[settings["seed"]] = float(rows(folder)[-1]["top1"])
+
+    answers = re.findall(r"^\| (cifar\d+) \| (.+) minus (.+) \| (.+) \| (\S+) \| (.+) \|$",
+                         PAGES["results/README.md"], re.M)
+    for dataset, name, base, said, claim, words in answers:
+        name, base = top1[dataset, name], top1[dataset, base]
+        gaps = [name[seed] - base[seed] for seed in name.keys() & base.keys()]
+        mean, half = np.mean(gaps), 2.776 * np.std(gaps, ddof=1) / 5**0.5       # Student's t
+        assert len(gaps) == 5 and said == f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+        claims = [("the paper's figure", float(claim))] * (claim != "-") + [("0", 0)]
+        assert words == ", ".join(f"{'ex' if abs(value - mean) > half else 'in'}cludes {text}"
+                                  for text, value in claims)
+
+    verdict = re.search(r"\*\*The verdict\.\*\*(.*?)\n\n", PAGES["README.md"], re.DOTALL)[1]
+    number = r"[+-]\d\.\d\d"
+    assert re.findall(number, verdict) == re.findall(number, "".join(answers[0][3:5]))
 
 
 def test_the_readme_is_short_and_quotes_rows_of_the_results():

@@ -423,6 +423,8 @@ def run_training(args, settings, device):
         else:
             say("already finished, nothing trained; to train anew, delete the folder or pass --out")
     say(f"done: top-1 {run.history[-1]['top1']:.2f}% on the test images; {args.out}")
+    place = f"CHECKPOINT={args.out}" + f" DATA_DIR={args.data_dir}" * (args.data_dir != "data")
+    say(f"next: make evaluate {place}; make predict IMAGE=FILE CHECKPOINT={args.out}")
 
 
 def open_data(args, settings, device):
