@@ -99,7 +99,7 @@ class Images:
     rank, world   this process and the number of processes; each takes its share of every batch.
 
     A subclass has load(epoch, parts): for each array of numbers in `parts` it yields the images,
-    uint8 (B, 3, H, W), as augmented in `epoch` or, if that is None, as they are; and the labels.
+    uint8 (B, 3, H, W), as augmented in `epoch` or, if that is None, plain; and the labels.
     """
 
     left_out = {}       # in folders: ending -> the number of files that are no images by it
@@ -355,7 +355,7 @@ class Folder(Images):
         both = np.concatenate([labels, test_labels])
         super().__init__("folder", classes, torch.from_numpy(both), len(labels), content,
                          seed=seed, **options)
-        self.left_out = dict(+left_out)         # + drops the zeros
+        self.left_out = dict(left_out)
 
         # One loader for both splits, so that its workers start once per run.  The list of keys is
         # filled anew for each pass.
@@ -384,14 +384,17 @@ def list_images(root, split, left_out):
     in `left_out`, by their ending.  Paths are bytes, because a file name need not be valid text.
     Raises FileNotFoundError that says what is there instead.
     """
+    folder = os.path.join(root, split)
+
     def is_image(path):
         ending = os.path.splitext(path)[1].lower()
         if os.sep + "." in path[len(folder):]:
             return False
-        left_out[ending] += ending not in datasets.folder.IMG_EXTENSIONS
-        return ending in datasets.folder.IMG_EXTENSIONS
+        if ending not in datasets.folder.IMG_EXTENSIONS:
+            left_out[ending] += 1
+            return False
+        return True
 
-    folder = os.path.join(root, split)
     try:
         place = folder if os.path.isdir(folder) else root
         inside = sorted(os.scandir(place), key=lambda entry: entry.name)

@@ -60,7 +60,8 @@ class SqueezeExcitation(nn.Module):
 
     def scale(self, x):
         """The factor alone, (B, C, 1, 1): s in (0, 1), or 1 + s in (1, 2) with residual=True."""
-        torch._assert(x.dim() == 4, f"a gate maps (B, C, H, W), not {x.shape}")     # traceable
+        # torch's assert, because Python's would stop torch.fx
+        torch._assert(x.dim() == 4, f"a gate maps (B, C, H, W), not {x.shape}")
         # The mean over H and W.  The permutation moves no data, and is why channels_last maps are
         # averaged fast: x.mean((2, 3)) slows a whole training step at 224 pixels by 8 % (H200).
         z = x.permute(0, 2, 3, 1).mean((1, 2))                  # squeeze -> (B, C)
@@ -117,7 +118,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
                 cardinality=4, residual=False, image_size=32, **options):
     """A network that maps images (B, 3, H, W) to logits (B, num_classes).
 
-    name       resnet, senet or senetv2; or a peer, which has num_classes and options alone.
+    name       resnet, senet or senetv2; or a peer, which uses only num_classes and options.
     layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small net.
     stem       "imagenet": 7x7 with stride 2, then max-pooling; layer1 sees 32x32 images as 8x8.
                "cifar": 3x3 with stride 1 and no pooling; they stay 32x32.

@@ -123,7 +123,7 @@ def train(run, net, optimizer, data, args):
     settings, model = run.settings, parallel(net, args.compile)
     total = settings["epochs"] * data.steps
     autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=bfloat16(data.device))
-    shown = saved = time.monotonic()
+    shown_at = saved_at = time.monotonic()
 
     for epoch in range(len(run.history), settings["epochs"]):
         net.train()
@@ -148,14 +148,14 @@ def train(run, net, optimizer, data, args):
             run.step += 1
 
             now = time.monotonic()
-            if sys.stdout.isatty() and now - shown > 1:
+            if sys.stdout.isatty() and now - shown_at > 1:
                 left = (now - started) / (place + 1 - first) * (total - run.step)
                 say(f"epoch {epoch + 1}  step {place + 1}/{data.steps}  loss {loss:.3f}  "
                     f"{left / 60:.1f} min left", end="")
-                shown = now
-            if RANK == 0 and now - saved > 60 * args.checkpoint_minutes:
+                shown_at = now
+            if RANK == 0 and now - saved_at > 60 * args.checkpoint_minutes:
                 save(run, net, optimizer, args.out)     # the others wait for it in their next step
-                saved = now
+                saved_at = now
 
         check_finite(run, net)              # it waits for the device, so the clock is right
         speed = (data.steps - first) * data.batch_size / (time.monotonic() - started)
@@ -163,18 +163,12 @@ def train(run, net, optimizer, data, args):
         row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"],
                    train_loss=run.losses.mean().item(), **test, images_per_second=speed)
         run.history.append(row)
-        write_metrics(run, args.out)
+        lines = [row.keys(), *(past.values() for past in run.history)]
+        replace_file(args.out / "metrics.csv",
+                     "".join(",".join(map(str, line)) + "\n" for line in lines))
         say(f"{in_words(row)}  {(total - run.step) * data.batch_size / speed / 60:.1f} min left"
             if speed else in_words(row))
-    if RANK == 0:
-        save(run, net, optimizer, args.out)
-
-
-def write_metrics(run, folder):
-    if RANK == 0:
-        lines = [row.keys() for row in run.history[:1]] + [row.values() for row in run.history]
-        text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-        (folder / "metrics.csv").write_text(text)
+    save(run, net, optimizer, args.out)
 
 
 def learning_rate(step, total, warmup, peak):
@@ -203,7 +197,7 @@ def bfloat16(device):
 def evaluate(net, data):
     """(test_loss, top1 and, of more than five classes, top5, by name; top1 of each class), in %.
 
-    In float32: rounded to bfloat16, the largest logits of an image are equal now and then.
+    Without bfloat16: rounded to it, the largest logits of an image are equal now and then.
     """
     if WORLD > 1:       # all processes evaluate with the running means of process 0
         for buffer in net.buffers():
@@ -250,14 +244,24 @@ def say(text, end="\n"):
 
 
 def save(run, net, optimizer, folder):
-    """Replace last.pt at once: a crash or a full disk leaves the old one whole."""
+    """Write last.pt, the whole state of the run."""
     check_finite(run, net)
     state = dict(vars(run), model=net.state_dict(), optimizer=optimizer.state_dict())
-    path, draft = folder / "last.pt", folder / "last.pt.tmp"
+    replace_file(folder / "last.pt", state)
+
+
+def replace_file(path, content):
+    """Write a dict or a text from process 0.  A crash or a full disk leaves the old file whole."""
+    draft = path.with_name(path.name + ".tmp")
+    if RANK > 0:
+        return
     with explained(f"cannot write {path}", "free some disk space, then give the command again"):
         try:
             with open(draft, "wb") as file:
-                torch.save(state, file)
+                if isinstance(content, dict):
+                    torch.save(content, file)
+                else:
+                    file.write(content.encode())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(draft, path)
@@ -274,7 +278,8 @@ def check_finite(run, net):
 
 def resume(run, net, optimizer, saved, folder):
     """Go on from what save() wrote.  Raises ValueError if it is another run, or does not fit."""
-    before, now = (state["settings"] | dict(images=state["images"]) for state in (saved, vars(run)))
+    before = saved["settings"] | dict(images=saved["images"])
+    now = run.settings | dict(images=run.images)
     changed = [f"{key}: was {before.get(key)}, is {now.get(key)}"
                for key in before | now if before.get(key) != now.get(key)]
     if changed:
@@ -406,7 +411,7 @@ def run_training(args, settings, device):
     run = SimpleNamespace(settings=settings, classes=data.classes, images=data.identity, step=0,
                           history=[], losses=torch.zeros(data.steps, device=device))
     with lock(args.out) if RANK == 0 else contextlib.nullcontext():
-        saved = [None]
+        saved = [None]                      # a list, which broadcast_object_list fills
         if RANK == 0 and (args.out / "last.pt").exists():
             saved = [read_checkpoint(args.out)]
         if WORLD > 1:                       # the machines need not share a disk
@@ -416,7 +421,6 @@ def run_training(args, settings, device):
         elif settings["weights"] and RANK == 0:         # parallel() copies them to the others
             say(load_weights(net, settings["weights"], settings["model"]))
 
-        write_metrics(run, args.out)        # a power cut may have torn it
         if len(run.history) < settings["epochs"]:
             describe(run, net, data, args.out)
             train(run, net, optimizer, data, args)
@@ -468,9 +472,8 @@ def describe(run, net, data, folder):
         precision="bfloat16" if bfloat16(data.device) else "float32",
         torch=str(torch.__version__), torchvision=str(torchvision.__version__),
         python=platform.python_version())
-    if RANK == 0:
-        text = json.dumps(dict(settings=run.settings, **about), indent=1)
-        (folder / "config.json").write_text(text + "\n")
+    text = json.dumps(dict(settings=run.settings, **about), indent=1)
+    replace_file(folder / "config.json", text + "\n")
 
     say(" ".join(f"{key}={value}" for key, value in (run.settings | about).items()))
     say(f"{data.train_size:,} training and {data.test_size:,} test images; {data.steps} steps per "
@@ -487,7 +490,7 @@ def describe(run, net, data, folder):
 def run_evaluation(args, settings, device):
     """Print the accuracy of each class and of all, and look inside the gates."""
     net = load(args.checkpoint).to(device, memory_format=torch.channels_last)
-    data = open_data(args, net.settings | dict(train_images=0), device)     # 0 is always possible
+    data = open_data(args, net.settings | dict(train_images=0), device)     # none is used here
     if data.classes != net.classes:
         raise ValueError(f"{args.checkpoint} was trained on classes other than those in "
                          f"{args.data_dir}")
@@ -605,7 +608,8 @@ def print_results(shared, networks):
     print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, "
           f"{shared['epochs']} epochs, layers {shared['layers']}\n\n"
           + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual[key]
-                      or key in ("recipe", "optimizer", "lr", "batch_size", "stem")) + ".\n")
+                      or key in ("recipe", "optimizer", "lr", "batch_size", "stem")
+                      or key == "images_per_class" and shared["dataset"] in FOLDERS) + ".\n")
     print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 "
           "| in the paper |\n|---|---|---|---|---|---|---|")
 
@@ -620,6 +624,7 @@ def print_results(shared, networks):
               f"| {difference(top1, name, 'resnet')} | {difference(top1, name, NARROW)} "
               f"| {format(paper[name], '.2f') if name in paper else '-'} |")
     machines = sorted({f"{run['device']}, torch {run['torch']}"
+                       + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1)
                        for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
           f"by seed, mean [95 % interval]. Ran on: {'; '.join(machines)}.")
