@@ -947,12 +947,19 @@ def test_a_run_does_not_go_on_with_other_settings_or_data(change, more, said, wh
     assert same_result(tmp_path / "folder", whole / "folder")       # it is as it was
 
 
+@contextlib.contextmanager
 def start(*flags, processes=1):
-    """train.py in a process of its own, or in several by torchrun, and in a process group."""
+    """train.py in a process of its own, or in several by torchrun; none outlives the test."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher * (processes > 1), HERE / "train.py", *flags]
-    return subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):       # its group has gone
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def wait_for(process, text):
@@ -1104,7 +1111,8 @@ def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
 
 def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_path):
     left, both, alone = (tmp_path / name for name in ("left", "both", "alone"))
-    printed, errors = start(*eight_steps("shapes", whole, left), processes=2).communicate()
+    with start(*eight_steps("shapes", whole, left), processes=2) as process:
+        printed, errors = process.communicate()
     assert printed.count("done: top-1") == 1 and "FutureWarning" not in errors, errors
 
     # The second process counted half of the test images with its own weights.
@@ -1123,7 +1131,8 @@ def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_p
     shutil.copytree(both, alone)
     train.main(eight_steps("shapes", whole, alone))
     assert train.read_checkpoint(alone)["step"] == 8 and len(rows(alone)) == 2
-    printed, _ = start(*flags, processes=2).communicate()
+    with start(*flags, processes=2) as process:
+        printed, _ = process.communicate()
     assert "resuming after step" in printed and same_result(both, left)
 
 
