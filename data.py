@@ -16,7 +16,7 @@ flip of each.  Every process takes its share of the batch.
 
 The paper does not say how it augments.  We do what is usual.  CIFAR and shapes are padded by 4
 zeros per side, cropped back and flipped (arXiv 1512.03385, section 4.2).  Images of folders are
-cropped at random to 8-100 % of their area, resized and flipped.  Test images are not augmented.
+cropped at random to 8-100% of their area, resized and flipped.  Test images are not augmented.
 An incomplete last batch is not trained on.
 
     python data.py                                          draw a contact sheet of shapes
@@ -407,7 +407,7 @@ def list_images(root, split, left_out):
         problem = (f"{place} holds {len(classes)} folders {classes[:3]} and "
                    f"{len(inside) - len(classes):,} files")
     except FileNotFoundError as error:          # no such root, or a class without images
-        problem = f"{error}, files by ending: {dict(left_out)}"
+        problem = str(error) + f", files left out, by ending: {dict(left_out)}" * bool(left_out)
     raise FileNotFoundError(printable(
         f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "
         "and val/, each with one folder per class; see 'Images and layouts' in docs/workshop.md"))
@@ -504,7 +504,7 @@ def main():
         print(f"row {row:3d}  {printable(name)}")
     if data.left_out:
         print(f"files left out, by ending: {data.left_out}")
-    print(f"{out}: five images per row, each before and, right of it, after augmentation")
+    print(f"{out}: five images per row, each followed by its augmented version")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
                s = sigmoid(W2 u + b2)                                (B, C)
     scale      y = x * s                                             (B, C, H, W)
 
-The K dense layers of SENetV2 all read the same z, and a ReLU works on each number alone.  So we can
-stack their matrices W11..W1K and get one dense layer with the same output: SENetV2 with r = 32 and
-K = 4 *is* SENet with r = 8.  The two are alike in function, in parameters and, bit for bit, in
-training.  We run the K layers as that one matrix; the tests hold the separate layers and compare.
+The K hidden layers of SENetV2 all read the same z, and a ReLU works on each number alone.  So we
+can stack their matrices W11..W1K and get one layer with the same output: SENetV2 with r = 32 and
+K = 4 *is* SENet with r = 8, in function, in parameters and in training.  That one layer is what we
+run; a test builds the K layers apart, as the paper draws them, and compares.
 
 Papers: SENetV2 (arXiv 2311.10807), SENet (arXiv 1709.01507), ResNet (arXiv 1512.03385).
 Where we differ: the text and the figure of SENetV2 say y = x * s, but its released Keras code
@@ -42,7 +42,7 @@ class SqueezeExcitation(nn.Module):
     residual      return x + x * s, as the released SENetV2 code does, instead of x * s.
     cardinality   K: the number of such hidden layers side by side; 1 is SENet.
 
-    Raises ValueError for a hidden layer without units; AssertionError for an input without B.
+    Raises ValueError for a hidden layer without units, AssertionError for an x without four axes.
     """
 
     def __init__(self, channels, reduction=32, *, residual=False, cardinality=1):
@@ -62,8 +62,8 @@ class SqueezeExcitation(nn.Module):
         """The factor alone, (B, C, 1, 1): s in (0, 1), or 1 + s in (1, 2) with residual=True."""
         # torch's assert, because Python's would stop torch.fx
         torch._assert(x.dim() == 4, f"a gate maps (B, C, H, W), not {x.shape}")
-        # The mean over H and W.  The permutation moves no data, and is why channels_last maps are
-        # averaged fast: x.mean((2, 3)) slows a whole training step at 224 pixels by 8 % (H200).
+        # The same as x.mean((2, 3)), but fast for maps in the memory format channels_last: the
+        # permutation moves no data, and a training step at 224 pixels takes 8% less (H200).
         z = x.permute(0, 2, 3, 1).mean((1, 2))                  # squeeze -> (B, C)
         u = F.relu(self.reduce(z))                              # all K layers at once -> (B, K*C/r)
         s = torch.sigmoid(self.expand(u))[..., None, None]      # excite -> (B, C, 1, 1)
@@ -74,12 +74,14 @@ class SqueezeExcitation(nn.Module):
 
 
 class AggregatedSqueezeExcitation(SqueezeExcitation):
-    """The gate of SENetV2 (arXiv 2311.10807, section 3): K dense layers, run as one wide layer.
+    """The gate of SENetV2 (arXiv 2311.10807, section 3): K hidden layers, run as one wide layer.
+
+    So it is SqueezeExcitation with another default, K = 4; arguments, shapes and errors are alike.
 
     The wide layer also starts from the distribution of the K layers: nn.Linear's range depends on
     the number of inputs alone, and that is C for the wide layer and for the narrow ones.
-
-    Arguments, shapes and errors are those of SqueezeExcitation.
+    (Keras counts inputs plus outputs, so there the K layers start 4% larger than one: with r = 32
+    and K = 4, the root of (1 + 1/8) / (1 + 1/32).)
     """
 
     def __init__(self, channels, reduction=32, *, cardinality=4, residual=False):
@@ -89,7 +91,7 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
 # -------------------------------------------------------------------------------------- The network
 
 # To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  It is made with
-# the number of channels and, by name, reduction, cardinality and residual.
+# the number of channels and, by name, reduction, cardinality and residual.  SENet has no K to set.
 GATES = {
     "senet": lambda channels, cardinality, **settings: SqueezeExcitation(channels, **settings),
     "senetv2": AggregatedSqueezeExcitation,
@@ -102,7 +104,7 @@ STEMS = ("imagenet", "cifar")
 class GatedBottleneck(Bottleneck):
     """torchvision's bottleneck, with a gate between the last batch norm and the residual addition.
 
-    build_model adds self.gate after the whole trunk has drawn its weights.
+    build_model adds self.gate when the rest of the network has its initial weights.
     """
 
     def forward(self, x):                                       # (B, inplanes, H, W)
@@ -217,7 +219,7 @@ def print_table(image_size, stem):
                 model = build_model(label.split()[0], classes, layers, stem, **settings)
             count = sum(p.numel() for p in model.parameters())
             work = multiply_adds(model, image_size)
-            plain = plain or (count, work)
+            plain = plain or (count, work)          # of the first row, resnet
 
             print(f"{label:<22}{count:>12,}{count - plain[0]:>11,} {count / plain[0] - 1:>+8.1%}"
                   f"{claim:>14}{work:>16,}{work / plain[1] - 1:>+8.1%}")
@@ -229,7 +231,7 @@ def main():
         usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--image-size", type=int, default=32, help="pixels per side")
-    parser.add_argument("--stem", choices=STEMS, default="imagenet", help="as in build_model")
+    parser.add_argument("--stem", choices=STEMS, default="imagenet", help="first layer")
     args = parser.parse_args()
     try:
         print_table(args.image_size, args.stem)

@@ -60,6 +60,11 @@ def same_start():
     torch.manual_seed(0)        # every test draws the same numbers
 
 
+@pytest.fixture(autouse=True, scope="session")
+def shapes_drawn_once():
+    data.draw_shapes = functools.cache(data.draw_shapes)        # they take seconds
+
+
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -494,7 +499,7 @@ def test_the_contact_sheet_pairs_before_and_after_per_class():
 
 def test_shapes_are_always_the_same_with_ten_equal_classes_and_the_tables_statistics():
     images, labels = data.draw_shapes(12000, seed=1)
-    assert_equal(data.draw_shapes(12000, seed=1), (images, labels))
+    assert_equal(data.draw_shapes.__wrapped__(12000, seed=1), (images, labels))     # drawn anew
     assert torch.bincount(labels).tolist() == [1200] * 10
     deviation, mean = torch.std_mean(images.double() / 255, (0, 2, 3))
     known = torch.tensor(data.STATISTICS["shapes"], dtype=torch.float64)
@@ -505,9 +510,9 @@ def test_a_linear_classifier_on_the_pixels_fails_on_shapes():
     (x, y), (test_x, test_y) = data.draw_shapes(12000, seed=1), data.draw_shapes(1000, seed=2)
     x, test_x = (F.pad(images.flatten(1).float() / 127.5 - 1, (0, 1), value=1)
                  for images in (x, test_x))
+    products, sums = x.T @ x, x.T @ F.one_hot(y).float()
     for ridge in (10, 1000, 100000):        # least squares, in closed form
-        weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]),
-                                     x.T @ F.one_hot(y).float())
+        weights = torch.linalg.solve(products + ridge * torch.eye(x.shape[1]), sums)
         assert ((test_x @ weights).argmax(1) == test_y).float().mean() < 0.25
 
 
@@ -596,7 +601,7 @@ def test_a_folder_takes_what_imagefolder_takes_but_nothing_hidden(folder, capsys
     train.main(folder_flags(folder, folder / "run"))
     printed = capsys.readouterr().out
     assert "files left out, by ending: {'.heic': 2, '.txt': 1}" in printed
-    assert "6 images are left over in each epoch" in printed        # 38 in batches of 8
+    assert "6 images are left out of each epoch" in printed        # 38 in batches of 8
 
 
 @pytest.mark.parametrize("change, said", [
@@ -751,8 +756,10 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     lines, (_, last) = finished.with_name("said").read_text().splitlines(), rows(finished)
     printed = [line.split()[:2] for line in lines if line.startswith("epoch ")]
     assert printed == [["epoch", row["epoch"]] for row in rows(finished)]
-    assert f"done: top-1 {float(last['top1']):.2f}%" in lines[-2]
-    assert f"make evaluate CHECKPOINT={finished}" in lines[-1]
+    assert f"done: top-1 {float(last['top1']):.2f}%" in lines[-3]
+    for line, next_step in zip(lines[-2:], ("evaluate", "predict")):
+        assert f"make {next_step} CHECKPOINT={finished}" in line
+        assert (f"PYTHON={sys.executable}" in line) == (sys.prefix != str(HERE / ".venv"))
     rate = 5e-4 * (1 + math.cos(math.pi * 10 / 11))     # in step 11 of 0 to 11; one warms up
     assert float(last["lr"]) == pytest.approx(rate)
 
@@ -763,7 +770,7 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     before = (finished / "last.pt").stat()
     train.main([*QUICK, "--out", str(finished)])
     first, *rest = capsys.readouterr().out.splitlines()
-    assert "already finished, nothing trained" in first and rest == lines[-2:]
+    assert "already finished, nothing trained" in first and rest == lines[-3:]
     assert (finished / "last.pt").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -923,7 +930,8 @@ def stop_at(step, flags, monkeypatch, saved=None):
 def test_a_run_that_ended_early_ends_as_if_it_had_not(source, saved, step, whole, tmp_path,
                                                       monkeypatch, capsys):
     stop_at(step, eight_steps(source, whole, tmp_path, "--workers", "2"), monkeypatch, saved)
-    assert "error: interrupted; the same command goes on" in capsys.readouterr().err
+    ended = "goes on from the last checkpoint" if saved else "starts over: no checkpoint yet"
+    assert capsys.readouterr().err == f"train.py: stopped; the same command {ended}\n"
 
     shutil.copytree(whole / "images", tmp_path / "images")          # a folder may have moved
     train.main(eight_steps(source, tmp_path, tmp_path, "--workers", "1"))
@@ -982,7 +990,7 @@ def test_a_run_keeps_others_out_until_it_is_ended_and_then_goes_on(by, whole, tm
             os.killpg(first.pid, by)            # Ctrl-C reaches its two workers as well
             first.send_signal(signal.SIGCONT)
             said = first.communicate()[1]
-            assert said.count("\n") == 1 and "interrupted; the same command goes on" in said
+            assert said == "train.py: stopped; the same command goes on from the last checkpoint\n"
         else:
             first.kill()                        # its workers notice within seconds
         assert first.wait() in (130, -by)
@@ -1058,7 +1066,7 @@ def test_a_damaged_hostile_or_foreign_checkpoint_is_refused(way, spoil, said, wh
     spoil(Path(shutil.copy(whole / "folder" / "last.pt", tmp_path)))
     text = complaint(capsys, *(eight_steps("folder", whole, tmp_path) if way == "resume" else
                                ["--evaluate", "--checkpoint", "last.pt"]))
-    assert "last.pt is damaged, or not a checkpoint" in text and "undo what was edited" in text
+    assert "last.pt is damaged, or not a checkpoint" in text and "the code that wrote it" in text
     assert said in text
     assert not Path("hostile").exists()
 
@@ -1111,25 +1119,25 @@ def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
 
 def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_path):
     left, both, alone = (tmp_path / name for name in ("left", "both", "alone"))
-    with start(*eight_steps("shapes", whole, left), processes=2) as process:
+    with start(*eight_steps("folder", whole, left), processes=2) as process:
         printed, errors = process.communicate()
     assert printed.count("done: top-1") == 1 and "FutureWarning" not in errors, errors
 
     # The second process counted half of the test images with its own weights.
-    found, _ = train.evaluate(train.load(left), data.load_data("shapes", batch_size=8))
+    found, _ = train.evaluate(train.load(left), load_folder(whole / "images"))
     assert {key: float(rows(left)[-1][key]) for key in found} == pytest.approx(found, rel=1e-6)
 
-    flags = eight_steps("shapes", whole, both)
+    flags = eight_steps("folder", whole, both)
     with start(*flags, "--checkpoint-minutes", "0", processes=2) as process:
         wait_for(process, "epoch 1 ")
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate()
-    assert process.returncode != 0 and "interrupted; the same command goes on" in said
+    assert process.returncode != 0 and "stopped; the same command goes on" in said
     assert "train.py\", line" not in said
 
     # Two processes go on, or one.
     shutil.copytree(both, alone)
-    train.main(eight_steps("shapes", whole, alone))
+    train.main(eight_steps("folder", whole, alone))
     assert train.read_checkpoint(alone)["step"] == 8 and len(rows(alone)) == 2
     with start(*flags, processes=2) as process:
         printed, _ = process.communicate()
@@ -1169,15 +1177,21 @@ def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
     assert float(last["test_loss"]) == pytest.approx(loss, rel=1e-4)
 
     apart = [labels == label for label in range(10)]
-    assert lines[:10] == [f"{top1[mine].mean():7.2f}%  {name}"
-                          for mine, name in zip(apart, net.classes)]
-    assert f"top1 {top1.mean():.5g}  top5 {top5.mean():.5g}" in lines[10]
+    assert lines[1:11] == [f"{top1[mine].mean():7.2f}%  {name}"
+                           for mine, name in zip(apart, net.classes)]
+    assert f"top1 {top1.mean():.5g}  top5 {top5.mean():.5g}" in lines[11]
 
     means = torch.stack([s[mine].mean(0) for mine in apart])
     between = means.std(0, correction=0).mean()
-    assert lines[13] == (f"layer3: mean gate {means.mean():.3f}; standard deviation between "
+    assert lines[14] == (f"layer3: mean factor {means.mean():.3f}, standard deviation across "
                          f"classes {between:.4f}")
-    assert Image.open(finished / "gates.png").size == (2064, 4 * 108 + 8) and len(lines) == 16
+
+    # The picture's third strip: columns sorted by mean, black is 0 and white is 1.
+    picture = np.array(Image.open(finished / "gates.png"))[..., 0]
+    assert picture.shape == (4 * 108 + 8, 2064) and len(lines) == 17
+    strip = picture[2 * 108 + 8:3 * 108:10, 8:-8:2]                     # (10, 1024)
+    off = abs(strip / 255 - means[:, means.mean(0).argsort()].numpy())
+    assert off.max() < 0.01
 
 
 def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):

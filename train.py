@@ -74,45 +74,51 @@ FOR_DATASET = {     # the embedded set is for a laptop: the paper's small net an
 
 SETTINGS = {        # what defines a result: default, type or choices, meaning
     "dataset": ("shapes", DATASETS, "what to train on"),
-    "model": ("senetv2", OURS + PEERS, "ours, or torchvision's to compare with"),
-    "recipe": ("paper", tuple(RECIPES), "what some of the defaults below come from"),
+    "model": ("senetv2", OURS + PEERS, "the network; the last five are torchvision's"),
+    "recipe": ("paper", tuple(RECIPES), "a set of defaults for what is below"),
     "layers": ("3,4,6,3", str, "bottlenecks per stage; 3,4,6,3 is ResNet-50"),
     "stem": ("imagenet", STEMS, "imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1"),
-    "reduction": (32, number(int, 1), "r: channels per hidden unit of one dense layer in the gate"),
-    "cardinality": (4, number(int, 1), "K: dense layers side by side in the gate of senetv2"),
-    "residual": (False, bool, "gate by 1 + s, as the released code does, instead of s"),
-    "weights": (None, str, "start from: imagenet (torchvision's weights) or a checkpoint"),
+    "reduction": (32, number(int, 1), "r: each hidden layer of a gate has C/r units"),
+    "cardinality": (4, number(int, 1), "K: hidden layers side by side in the gate of senetv2"),
+    "residual": (False, bool, "multiply by 1 + s, as the released code does, not by s"),
+    "weights": (None, str, "start from: imagenet (torchvision's weights), or a file"),
     "optimizer": ("adam", ("adam", "sgd"), "sgd has Nesterov momentum 0.9"),
-    "lr": (1e-3, number(float, 0), "learning rate at its peak"),
-    "warmup": (0.05, number(float, 0, 1), "share of the run in which it rises; then a cosine"),
-    "weight_decay": (0.0, number(float, 0, 1), "L2 penalty on weights; norms and biases have none"),
+    "lr": (1e-3, number(float, 0), "peak learning rate"),
+    "warmup": (0.05, number(float, 0, 1), "share of the run in which the rate rises"),
+    "weight_decay": (0.0, number(float, 0, 1), "L2 penalty, not on norms and biases"),
     "label_smoothing": (0.0, number(float, 0, 1), "share of the target spread over all classes"),
     "epochs": (30, number(int, 1), "passes over the training images"),
     "batch_size": (128, number(int, 1), "images per step, in all processes together"),
     "train_images": (0, number(int, 0), "train on the first N of a seeded shuffle; 0: all"),
-    "images_per_class": (250, number(int, 0), "in folders: training images per class; 0: all"),
-    "image_size": (224, number(int, 32), "in folders: pixels per side"),
+    "images_per_class": (250, number(int, 0), "of imagenet or folder, in training; 0: all"),
+    "image_size": (224, number(int, 32), "imagenet, folder: pixels per side"),
     "augment": (True, bool, "crop and flip at random"),
-    "seed": (0, number(int, 0, 2**63 - 1), "of weights, order and augmentation"),
+    "seed": (0, number(int, 0, 2**63 - 1), "random seed of weights, order and augmentation"),
 }
 USED_BY = {         # settings that only some networks or data sets have
     "layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES,
     "cardinality": GATES.keys() - {"senet"}, "images_per_class": FOLDERS, "image_size": FOLDERS,
 }
+
 OPTIONS = {         # what does not define a result
-    "data_dir": ("data", str, "where the files of the data set are, or go"),
+    "data_dir": ("data", str, "where the data set is, or is downloaded to"),
     "workers": (max(1, min(8, CORES // LOCAL_WORLD)), number(int, 0),
-                "in folders: processes that decode images, per training process"),
+                "imagenet, folder: processes that decode images, per training process"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu",
                ("cpu", "cuda")[:1 + torch.cuda.is_available()], "where to compute"),
     "compile": (False, bool, "use torch.compile"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
-    "checkpoint_minutes": (5.0, number(float, 0), "minutes between checkpoints"),
+    "checkpoint_minutes": (1.0, number(float, 0), "minutes between checkpoints"),
     "evaluate": (False, bool, "only evaluate --checkpoint, and draw gates.png beside it"),
     "predict": (None, list, "print the five most likely classes of these image files"),
     "report": (None, list, "print tables of the runs in these folders, as Markdown"),
     "checkpoint": (None, str, "what to evaluate or predict with; by default the run's folder"),
 }
+
+
+def used(key, settings):
+    """Whether the network or the data set of these settings has the setting `key`."""
+    return key not in USED_BY or bool({settings["model"], settings["dataset"]} & {*USED_BY[key]})
 
 
 # ----------------------------------------------------------------------------------------- The loop
@@ -319,7 +325,7 @@ def explained(what, advice):
 
 def usable(path):
     return explained(f"{path} is damaged, or not a checkpoint of this code",
-                     "undo what was edited since, or delete it to train anew")
+                     "use the code that wrote it, or delete it to train anew")
 
 
 def checkpoint_file(path):
@@ -425,10 +431,13 @@ def run_training(args, settings, device):
             describe(run, net, data, args.out)
             train(run, net, optimizer, data, args)
         else:
-            say("already finished, nothing trained; to train anew, delete the folder or pass --out")
-    say(f"done: top-1 {run.history[-1]['top1']:.2f}% on the test images; {args.out}")
-    place = f"CHECKPOINT={args.out}" + f" DATA_DIR={args.data_dir}" * (args.data_dir != "data")
-    say(f"next: make evaluate {place}; make predict IMAGE=FILE CHECKPOINT={args.out}")
+            say(f"already finished, nothing trained; to train anew, delete {args.out} or pass "
+                "--out (make: OUT=)")
+    say(f"done: top-1 {run.history[-1]['top1']:.2f}% on the test images; saved in {args.out}")
+    python = f" PYTHON={sys.executable}" * (Path(sys.prefix) != Path(__file__).with_name(".venv"))
+    place = f" DATA_DIR={args.data_dir}" * (args.data_dir != "data") + python
+    say(f"next: make evaluate CHECKPOINT={args.out}{place}")
+    say(f"      make predict CHECKPOINT={args.out} IMAGE=FILE{python}")
 
 
 def open_data(args, settings, device):
@@ -475,11 +484,14 @@ def describe(run, net, data, folder):
     text = json.dumps(dict(settings=run.settings, **about), indent=1)
     replace_file(folder / "config.json", text + "\n")
 
-    say(" ".join(f"{key}={value}" for key, value in (run.settings | about).items()))
-    say(f"{data.train_size:,} training and {data.test_size:,} test images; {data.steps} steps per "
-        f"epoch, {data.batch_size // WORLD} images per step and process; "
-        f"{data.train_size % data.batch_size} images are left over in each epoch"
-        + f"; resuming after step {run.step}" * bool(run.step))
+    say(f"{run.settings['model']} on {run.settings['dataset']}: {data.train_size:,} training and "
+        f"{data.test_size:,} test images")
+    say(" ".join(f"{key}={value}" for key, value in (run.settings | about).items()
+                 if used(key, run.settings)))
+    say(f"{data.steps} steps per epoch, {data.batch_size // WORLD} images per step and process; "
+        f"{data.train_size % data.batch_size} images are left out of each epoch, others each time")
+    if run.step:
+        say(f"resuming after step {run.step}")
     if data.left_out:
         say(f"files left out, by ending: {data.left_out}")
 
@@ -495,6 +507,7 @@ def run_evaluation(args, settings, device):
         raise ValueError(f"{args.checkpoint} was trained on classes other than those in "
                          f"{args.data_dir}")
     test, per_class = evaluate(net, data)
+    say("top-1 of each class:")
     for name, top1 in zip(data.classes, per_class):
         say(f"{top1:7.2f}%  {name}")
     say(f"{data.test_size:,} test images of {net.settings['dataset']}: {in_words(test)}")
@@ -504,10 +517,10 @@ def run_evaluation(args, settings, device):
 
 
 def look_inside(net, data, path):
-    """Draw the mean gate of each channel for each class, and print how much the gates vary.
+    """Draw the mean factor s of each channel for each class, and print how much it varies.
 
     After arXiv 1709.01507, section 7.2.  One strip per stage, of its last bottleneck: one row per
-    class, one column per channel, sorted by mean; from black, the strip's lowest gate, to white.
+    class, one column per channel, sorted by mean; from black, 0 (of 1 + s: 1), to white, 1 (or 2).
     """
     last = [stage[-1].gate for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
     if not all(hasattr(gate, "scale") for gate in last):
@@ -525,15 +538,16 @@ def look_inside(net, data, path):
     for hook in hooks:
         hook.remove()
     means = sums[:, 1:] / sums[:, :1]                                   # (classes, channels)
+    black = means.min().floor()
     for stage, mean in enumerate(means.split([gate.shape[1] for gate in gates], 1), start=1):
-        say(f"layer{stage}: mean gate {mean.mean():.3f}; standard deviation between classes "
+        say(f"layer{stage}: mean factor {mean.mean():.3f}, standard deviation across classes "
             f"{mean.std(0, correction=0).mean():.4f}")
         strip = mean[None, None, :, mean.mean(0).argsort()]
         strips.append(F.interpolate(strip, (max(100, len(mean)), 2048)))
     if RANK == 0:
-        save_image(torch.cat(strips), path, nrow=1, padding=8, pad_value=1, normalize=True,
-                   scale_each=True)
-    say(f"{path}: the gates, one strip per stage, one row per class, one column per channel")
+        save_image(torch.cat(strips) - black, path, nrow=1, padding=8, pad_value=1)
+    say(f"{path}: one strip per stage, one row per class, in the order above; one column per "
+        f"channel, sorted by mean; black is a factor of {black:.0f}, white of {black + 1:.0f}")
 
 
 @torch.no_grad()
@@ -557,7 +571,7 @@ PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the
 }
 NETWORK = ("model", "reduction", "cardinality", "residual", "seed")     # differ within a table
 COLOURS = "grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink", "black"
-# Student's t: half of a two-sided 95 % interval, in standard errors, for 2 to 10 runs.
+# Student's t: half of a two-sided 95% interval, in standard errors, for 2 to 10 runs.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -606,7 +620,7 @@ def print_results(shared, networks):
     """The table and the chart of one comparison: networks -> seeds -> what run_report has read."""
     size, usual = shared["train_images"], defaults(shared["recipe"], shared["dataset"])
     print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, "
-          f"{shared['epochs']} epochs, layers {shared['layers']}\n\n"
+          f"{shared['epochs']} epoch{'s' * (shared['epochs'] > 1)}, layers {shared['layers']}\n\n"
           + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual[key]
                       or key in ("recipe", "optimizer", "lr", "batch_size", "stem")
                       or key == "images_per_class" and shared["dataset"] in FOLDERS) + ".\n")
@@ -627,7 +641,7 @@ def print_results(shared, networks):
                        + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1)
                        for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
-          f"by seed, mean [95 % interval]. Ran on: {'; '.join(machines)}.")
+          f"by seed, mean [95% confidence interval]. Ran on: {'; '.join(machines)}.")
 
     if not sys.stdout.isatty():         # a chart that GitHub draws
         theme = {"themeVariables": {"xyChart": {"plotColorPalette": ",".join(COLOURS)}}}
@@ -641,7 +655,7 @@ def print_results(shared, networks):
 
 
 def difference(top1, name, base):
-    """`name` minus `base` over their common seeds: the mean and its 95 % interval, in words."""
+    """`name` minus `base` over their common seeds: the mean and its 95% interval, in words."""
     gaps = [top1[name][seed] - top1[base][seed] for seed in top1[name]
             if seed in top1.get(base, {}) and name not in (base, "resnet")]
     if len(gaps) < 2:
@@ -664,7 +678,8 @@ def defaults(recipe, dataset):
 def parse_args(argv=None):
     """(args, settings): all flags, and those that define the result, as a dict of plain values."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description="Train and evaluate SENetV2 and what it is compared with.",
+        prog="train.py",
+        description="Train and evaluate SENetV2 and the networks it is compared with.",
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, (default, kind, meaning) in (SETTINGS | OPTIONS).items():
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool
@@ -680,8 +695,8 @@ def parse_args(argv=None):
     args = parser.parse_args(words)
 
     # What the network or the data set does not use goes back to its default.
-    for key, users in USED_BY.items():
-        if getattr(args, key) != default[key] and not {args.model, args.dataset} & {*users}:
+    for key in USED_BY:
+        if getattr(args, key) != default[key] and not used(key, vars(args)):
             say(f"{key} {getattr(args, key)} is not used by {args.model} on {args.dataset}")
             setattr(args, key, default[key])
     settings = {key: getattr(args, key) for key in SETTINGS}
@@ -711,7 +726,9 @@ def main(argv=None):
         return
 
     except KeyboardInterrupt:
-        message, code = "interrupted; the same command goes on", 130
+        saved = (args.out / "last.pt").exists()
+        message, code = "stopped; the same command " + (
+            "goes on from the last checkpoint" if saved else "starts over: no checkpoint yet"), 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         last = str(error).strip().rpartition("\n")[2]       # that of a worker holds its traceback
         message = printable(last.removeprefix("ValueError: "))
@@ -721,7 +738,7 @@ def main(argv=None):
     except Exception as error:
         lost = isinstance(error, dist.DistError) or WORLD > 1 and "gloo" in str(error)
         message = "another process of this run has failed" if lost else traceback.format_exc()
-    print(f"train.py: error: {message}", file=sys.stderr, flush=True)
+    print(f"train.py: {'error: ' * (code == 1)}{message}", file=sys.stderr, flush=True)
     (os._exit if WORLD > 1 else sys.exit)(code)     # never wait for the other processes
 
 
