@@ -67,7 +67,7 @@ RECIPES = {
     "strong": dict(stem="cifar", optimizer="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.1,
                    epochs=100),
 }
-FOR_DATASET = {     # the embedded set is for a laptop: the paper's small net and a short run
+FOR_DATASET = {     # the embedded set is for a laptop: the paper's small network, a short run
     "shapes": dict(layers="1,1,1,1", epochs=3, batch_size=64),
     "folder": dict(images_per_class=0),
 }
