@@ -86,7 +86,7 @@ bench: $(READY)  ## measure training, loading and the gates: STEM= LAYERS= BATCH
 faults: $(READY)  ## kill 100 runs at random moments, see that none is lost: ARGS='--trials 20'
 	$(PYTHON) test_senetv2.py faults$(ARGUMENTS)
 
-pictures: $(READY)  ## draw the README's pictures anew
+pictures: $(READY)  ## redraw the README's pictures
 	$(TRAIN)
 	$(PYTHON) train.py --evaluate
 	$(PYTHON) data.py --out assets/shapes.png
@@ -99,10 +99,10 @@ results: $(READY)  ## write results/README.md from results/about.md and the raw 
 	{ cat results/about.md && $(PYTHON) train.py --report results; } > results/README.tmp
 	mv results/README.tmp results/README.md
 
-paper: $(READY)  ## the paper's tables, no gate and three widths: SEEDS= DATASET= LAYERS= EPOCHS= ...
+paper: $(READY)  ## the paper's tables: no gate and r = 32, 16, 8: SEEDS= DATASET= LAYERS= EPOCHS= ...
 	$(call sweep,$(TABLES),$(WIDTHS))
 
-experiment1: $(READY)  ## one layer against two: r = 32 and 16, CIFAR-10
+experiment1: $(READY)  ## one hidden layer or two: r = 32 and 16, CIFAR-10
 	$(call sweep,cifar10,senet "senet --reduction 16")
 
 experiment2: $(READY)  ## K = 2, 4, 8, 16, CIFAR-100
@@ -111,7 +111,7 @@ experiment2: $(READY)  ## K = 2, 4, 8, 16, CIFAR-100
 experiment3: $(READY)  ## r = 8, 16, 32, CIFAR-10
 	$(call sweep,cifar10,senetv2 "senet --reduction 16" senet)
 
-experiment4: $(READY)  ## gate by 1 + s, as the released code does, or by s, CIFAR-10
+experiment4: $(READY)  ## multiply by 1 + s, as the released code does, or by s, CIFAR-10
 	$(call sweep,cifar10,senetv2 "senetv2 --residual")
 
 experiment5: $(READY)  ## networks to compare with, CIFAR-100

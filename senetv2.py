@@ -121,7 +121,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     """A network that maps images (B, 3, H, W) to logits (B, num_classes).
 
     name       resnet, senet or senetv2; or a peer, which uses only num_classes and options.
-    layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small network.
+    layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small one.
     stem       "imagenet": 7x7 with stride 2, then max-pooling; layer1 sees 32x32 images as 8x8.
                "cifar": 3x3 with stride 1 and no pooling; they stay 32x32.
     reduction, cardinality, residual    of the gates, as in AggregatedSqueezeExcitation.
