@@ -17,7 +17,7 @@ FLAGS = $(call flags,$(SETTINGS))$(ARGUMENTS)
 # A misspelt variable is an error.
 NAMES = $(SETTINGS) ARGS NPROC PYTHON CHECKPOINT IMAGE SEEDS TRAIN
 $(foreach name,$(filter-out $(NAMES),$(.VARIABLES)),$(if $(call typed,$(name)),$\
-  $(error unknown variable $(name); `make` lists those that there are)))
+  $(error unknown variable $(name); `make` lists the valid ones)))
 
 # Without PYTHON=..., the packages of requirements.txt go into .venv the first time.
 PYTHON = .venv/bin/python

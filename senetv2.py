@@ -1,4 +1,4 @@
-"""Chapter 1: the network.  A gate looks at the whole image and turns each channel up or down.
+"""Chapter 1: the network.  A gate looks at the whole image and turns channels down.
 
 For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 
@@ -81,7 +81,7 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
     The wide layer also starts from the distribution of the K layers: nn.Linear's range depends on
     the number of inputs alone, and that is C for the wide layer and for the narrow ones.
     (Keras counts inputs plus outputs, so there the K layers start 4% larger than one: with r = 32
-    and K = 4, the root of (1 + 1/8) / (1 + 1/32).)
+    and K = 4, the square root of (1 + 1/8) / (1 + 1/32).)
     """
 
     def __init__(self, channels, reduction=32, *, cardinality=4, residual=False):
@@ -91,7 +91,7 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
 # -------------------------------------------------------------------------------------- The network
 
 # To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  It is made with
-# the number of channels and, by name, reduction, cardinality and residual.  SENet has no K to set.
+# the number of channels and, by name, reduction, cardinality and residual.
 GATES = {
     "senet": lambda channels, cardinality, **settings: SqueezeExcitation(channels, **settings),
     "senetv2": AggregatedSqueezeExcitation,
@@ -104,7 +104,7 @@ STEMS = ("imagenet", "cifar")
 class GatedBottleneck(Bottleneck):
     """torchvision's bottleneck, with a gate between the last batch norm and the residual addition.
 
-    build_model adds self.gate when the rest of the network has its initial weights.
+    build_model adds self.gate later, so that from one seed all networks draw the same convolutions.
     """
 
     def forward(self, x):                                       # (B, inplanes, H, W)

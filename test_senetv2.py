@@ -159,6 +159,12 @@ def passes(source):
     return batches
 
 
+def end_workers(source):
+    """End workers that failed: left to the garbage collector, it can take ten seconds."""
+    if source.loader._iterator:
+        source.loader._iterator._shutdown_workers()
+
+
 # ----------------------------------------------------------------------------------------- The gate
 
 
@@ -601,7 +607,7 @@ def test_a_folder_takes_what_imagefolder_takes_but_nothing_hidden(folder, capsys
     train.main(folder_flags(folder, folder / "run"))
     printed = capsys.readouterr().out
     assert "files left out, by ending: {'.heic': 2, '.txt': 1}" in printed
-    assert "6 images are left out of each epoch" in printed        # 38 in batches of 8
+    assert "each epoch leaves out 6 images" in printed        # 38 in batches of 8
 
 
 @pytest.mark.parametrize("change, said", [
@@ -666,6 +672,7 @@ def test_names_that_are_not_utf8_or_would_clear_a_terminal_load_and_are_escaped(
     said = re.escape(r"/owl's \udcff\n\r\x1b[2JÜbung_1, 猫/owl_0.JPEG cannot be decoded")
     with pytest.raises(ValueError, match=said):
         list(source.test_batches())
+    end_workers(source)
 
 
 @pytest.mark.parametrize("change, same", [
@@ -702,8 +709,7 @@ def test_a_useless_folder_or_image_is_refused_in_one_line(spoil, said, workers, 
         load_folder(folder)             # and this, what is wrong with the folder
     *before, last = str(error.value).strip().splitlines()       # a worker's traceback comes before
     assert re.search(said, last) and (workers or not before)
-    if workers and source.loader._iterator:
-        source.loader._iterator._shutdown_workers()     # left to the garbage, it can take 10 s
+    end_workers(source)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -909,11 +915,12 @@ def same_result(out, other):
 
 
 def stop_at(step, flags, monkeypatch, saved=None):
-    """Train until Ctrl-C after step `step`; last.pt is of step `saved`, or of the one before."""
+    """Train until Ctrl-C after step `step`.  last.pt is of `saved`, (step, evaluations), or of the
+    step before."""
     def save(run, *rest, inner=train.save):
         if run.step == step:
             raise KeyboardInterrupt
-        if saved in (None, run.step):
+        if saved in (None, (run.step, len(run.history))):
             inner(run, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
@@ -922,20 +929,20 @@ def stop_at(step, flags, monkeypatch, saved=None):
 
 
 @pytest.mark.parametrize("source, saved, step", [
-    ("shapes", 3, 4), ("shapes", 4, 6),
-    ("folder", 0, 3), ("folder", 1, 4), ("folder", 3, 6),
-    ("folder", 4, 5),       # all of the first epoch but its evaluation
-    ("folder", 7, 8),
+    ("shapes", (3, 0), 4), ("shapes", (4, 1), 6),
+    ("folder", (0, 0), 3), ("folder", (1, 0), 4), ("folder", (3, 0), 6),
+    ("folder", (4, 0), 5),      # all of the first epoch but its evaluation
+    ("folder", (4, 1), 5), ("folder", (7, 1), 8),
 ])
 def test_a_run_that_ended_early_ends_as_if_it_had_not(source, saved, step, whole, tmp_path,
                                                       monkeypatch, capsys):
     stop_at(step, eight_steps(source, whole, tmp_path, "--workers", "2"), monkeypatch, saved)
-    ended = "goes on from the last checkpoint" if saved else "starts over: no checkpoint yet"
+    ended = "goes on from the last checkpoint" if saved[0] else "starts from scratch"
     assert capsys.readouterr().err == f"train.py: stopped; the same command {ended}\n"
 
     shutil.copytree(whole / "images", tmp_path / "images")          # a folder may have moved
     train.main(eight_steps(source, tmp_path, tmp_path, "--workers", "1"))
-    assert (f"resuming after step {saved}" in capsys.readouterr().out) == (saved > 0)
+    assert (f"resuming after step {saved[0]}" in capsys.readouterr().out) == (saved[0] > 0)
     assert same_result(tmp_path, whole / source)
 
 
@@ -1183,7 +1190,7 @@ def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
 
     means = torch.stack([s[mine].mean(0) for mine in apart])
     between = means.std(0, correction=0).mean()
-    assert lines[14] == (f"layer3: mean factor {means.mean():.3f}, standard deviation across "
+    assert lines[14] == (f"stage 3: mean factor {means.mean():.3f}, standard deviation across "
                          f"classes {between:.4f}")
 
     # The picture's third strip: columns sorted by mean, black is 0 and white is 1.
@@ -1328,7 +1335,7 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
     train.main(["--report", str(tmp_path)])
     table, rest = capsys.readouterr().out.split("\nRuns that are in no table:\n\n")
     assert text.startswith(table) and "1 of 2 epochs" in rest
-    assert "copied: top-1 60.00%; the table has a run of the same settings with 70.00%" in rest
+    assert "copied: top-1 60.00%; the table uses another run with the same settings (70.00%" in rest
     assert sorted(line.split(": ")[0] for line in rest.splitlines()) == [f"- {tmp_path}", *(
         f"- {tmp_path / name}" for name in ("copied", "list", "newer", "running", "without top1"))]
 

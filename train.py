@@ -174,7 +174,12 @@ def train(run, net, optimizer, data, args):
                      "".join(",".join(map(str, line)) + "\n" for line in lines))
         say(f"{in_words(row)}  {(total - run.step) * data.batch_size / speed / 60:.1f} min left"
             if speed else in_words(row))
-    save(run, net, optimizer, args.out)
+
+        # An epoch that took a sixth of the time between checkpoints is worth one.
+        now = time.monotonic()
+        if run.step == total or RANK == 0 and now - saved_at > 10 * args.checkpoint_minutes:
+            save(run, net, optimizer, args.out)
+            saved_at = now
 
 
 def learning_rate(step, total, warmup, peak):
@@ -489,7 +494,7 @@ def describe(run, net, data, folder):
     say(" ".join(f"{key}={value}" for key, value in (run.settings | about).items()
                  if used(key, run.settings)))
     say(f"{data.steps} steps per epoch, {data.batch_size // WORLD} images per step and process; "
-        f"{data.train_size % data.batch_size} images are left out of each epoch, others each time")
+        f"each epoch leaves out {data.train_size % data.batch_size} images, not always the same")
     if run.step:
         say(f"resuming after step {run.step}")
     if data.left_out:
@@ -540,7 +545,7 @@ def look_inside(net, data, path):
     means = sums[:, 1:] / sums[:, :1]                                   # (classes, channels)
     black = means.min().floor()
     for stage, mean in enumerate(means.split([gate.shape[1] for gate in gates], 1), start=1):
-        say(f"layer{stage}: mean factor {mean.mean():.3f}, standard deviation across classes "
+        say(f"stage {stage}: mean factor {mean.mean():.3f}, standard deviation across classes "
             f"{mean.std(0, correction=0).mean():.4f}")
         strip = mean[None, None, :, mean.mean(0).argsort()]
         strips.append(F.interpolate(strip, (max(100, len(mean)), 2048)))
@@ -600,7 +605,7 @@ def run_report(args, settings, device):
         first = seeds.setdefault(settings["seed"], run)["top1"][-1]
         if run["top1"][-1] != first:
             left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%; the "
-                            f"table has a run of the same settings with {first:.2f}%")
+                            f"table uses another run with the same settings ({first:.2f}%)")
     if not tables and not left_out:
         raise ValueError(f"no runs in {', '.join(args.report)}; train first")
     for shared, networks in tables.items():
@@ -728,7 +733,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         saved = (args.out / "last.pt").exists()
         message, code = "stopped; the same command " + (
-            "goes on from the last checkpoint" if saved else "starts over: no checkpoint yet"), 130
+            "goes on from the last checkpoint" if saved else "starts from scratch"), 130
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         last = str(error).strip().rpartition("\n")[2]       # that of a worker holds its traceback
         message = printable(last.removeprefix("ValueError: "))
