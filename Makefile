@@ -78,7 +78,7 @@ table: $(READY)  ## parameters and multiply-adds beside the paper's
 	$(PYTHON) senetv2.py$(ARGUMENTS)
 
 test: $(READY)  ## check every claim of README, docs and docstrings
-	$(PYTHON) -m pytest -q$(ARGUMENTS)
+	$(PYTHON) -m pytest -q -rs$(ARGUMENTS)
 
 bench: $(READY)  ## measure training, loading and the gates: STEM= LAYERS= BATCH_SIZE= DATASET= ...
 	$(PYTHON) test_senetv2.py bench$(FLAGS)

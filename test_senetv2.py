@@ -65,6 +65,26 @@ def shapes_drawn_once():
     data.draw_shapes = functools.cache(data.draw_shapes)        # they take seconds
 
 
+@pytest.fixture(autouse=True, scope="session")
+def on_the_cpu():
+    """There equality to the bit is promised.  A test that needs the GPU passes --device cuda."""
+    train.OPTIONS["device"] = ("cpu", *train.OPTIONS["device"][1:])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that computes the same bits each time; what main() sets for it ends with the test."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    precision = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision(precision)
+
+
 def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -135,8 +155,8 @@ def folder(tmp_path):
 def folder_flags(folder, out, workers=0, epochs=1):
     """A run on the images of `folder`, of 4 steps per epoch; its own folder comes last."""
     return ["--dataset", "folder", "--data-dir", str(folder), "--layers", "1,1,1,1", "--image-size",
-            "32", "--batch-size", "8", "--epochs", str(epochs), "--workers", str(workers), "--out",
-            str(out)]
+            "32", "--batch-size", "8", "--epochs", str(epochs), "--workers", str(workers),
+            "--device", "cpu", "--out", str(out)]
 
 
 def load_folder(root, **options):
@@ -730,7 +750,8 @@ def test_folder_batches_do_not_depend_on_the_workers_which_start_once(workers, f
 # ----------------------------------------------------------------------------------------- Training
 
 
-QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2"]        # 12 steps
+QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2",        # 12 steps
+         "--device", "cpu"]
 
 
 def complaint(capsys, *flags):
@@ -832,6 +853,14 @@ def test_a_run_is_named_by_what_defines_its_result(flags, said, name, capsys):
     assert args.out == Path("runs", name)
     unused = said.split(" ")[0]
     assert not said or settings[unused] == train.defaults("paper", args.dataset)[unused]
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.OPTIONS, "device", ("cuda", ("cpu", "cuda"), "where"))
+    monkeypatch.setattr(train, "LOCAL_WORLD", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    text = complaint(capsys, "--out", tmp_path)
+    assert "3 processes need as many GPUs, not 2; start fewer, or pass --device cpu" in text
 
 
 def test_a_batch_size_that_does_not_divide_is_refused(tmp_path, monkeypatch):
@@ -944,6 +973,28 @@ def test_a_run_that_ended_early_ends_as_if_it_had_not(source, saved, step, whole
     train.main(eight_steps(source, tmp_path, tmp_path, "--workers", "1"))
     assert (f"resuming after step {saved[0]}" in capsys.readouterr().out) == (saved[0] > 0)
     assert same_result(tmp_path, whole / source)
+
+
+@pytest.mark.parametrize("source", ["shapes", "folder"])
+@pytest.mark.parametrize("network", ["mobilenet_v2", "senetv2 --stem cifar --layers 1,1,1,1"])
+def test_on_a_gpu_replayed_steps_are_eager_ones_also_after_a_kill(network, source, whole, tmp_path,
+                                                                  monkeypatch, gpu):
+    replayed, inner = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (
+        replayed.append(graph), inner(graph)))
+    eager, graph, killed = (eight_steps(
+        source, whole, tmp_path / name, "--workers", "2", "--device", "cuda", "--model",
+        *network.split())
+        for name in ("eager", "graph", "killed"))
+    train.main([*eager, "--no-cuda-graph"])
+    assert not replayed
+    train.main(graph)
+    assert len(replayed) == 7 and len(set(replayed)) == 1       # the first step runs as it is
+    stop_at(6, killed, monkeypatch)
+    train.main(killed)
+    assert len(replayed) == 7 + 5 + 2
+    assert same_result(tmp_path / "graph", tmp_path / "eager")
+    assert same_result(tmp_path / "killed", tmp_path / "eager")
 
 
 @pytest.mark.parametrize("change, more, said", [
@@ -1455,26 +1506,31 @@ def test_the_results_are_what_the_report_prints(monkeypatch, capsys):
 
 def test_the_answers_and_the_verdict_follow_from_the_raw_files():
     top1 = {}
-    for folder in HERE.glob("results/cifar*-full-size/*"):
-        settings = json.loads((folder / "config.json").read_text())["settings"]
-        width = f" r={settings['reduction']}" if settings["model"] == "senet" else ""
-        seeds = top1.setdefault((settings["dataset"], settings["model"] + width), {})
-        seeds[settings["seed"]] = float(rows(folder)[-1]["top1"])
+    for config in HERE.glob("results/*/*/config.json"):
+        settings = json.loads(config.read_text())["settings"]
+        if "other-machine" not in str(config):
+            width = f" r={settings['reduction']}" if settings["model"] == "senet" else ""
+            table = f"{settings['dataset']} | {settings['layers']} | {settings['epochs']}"
+            seeds = top1.setdefault((table, settings["model"] + width), {})
+            seeds[settings["seed"]] = float(rows(config.parent)[-1]["top1"])
 
-    answers = re.findall(r"^\| (cifar\d+) \| (.+) minus (.+) \| (.+) \| (\S+) \| (.+) \|$",
-                         PAGES["results/README.md"], re.M)
-    for dataset, name, base, said, claim, words in answers:
-        name, base = top1[dataset, name], top1[dataset, base]
+    answers = re.findall(r"^\| (cifar\d+ \| \S+ \| \d+) \| (.+) minus (.+) \| (\d) \| (.+) "
+                         r"\| (\S+) \| (.+) \|$", PAGES["results/README.md"], re.M)
+    for table, name, base, seeds, said, claim, words in answers:
+        name, base = top1[table, name], top1[table, base]
         gaps = [name[seed] - base[seed] for seed in name.keys() & base.keys()]
-        mean, half = np.mean(gaps), 2.776 * np.std(gaps, ddof=1) / 5**0.5       # Student's t
-        assert len(gaps) == 5 and said == f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+        mean, deviation = np.mean(gaps), np.std(gaps, ddof=1)
+        half = {3: 4.303, 5: 2.776}[len(gaps)] * deviation / len(gaps)**0.5     # Student's t
+        assert said == f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+        assert seeds == str(len(gaps))
         claims = [("the paper's figure", float(claim))] if claim != "-" else []
         assert words == ", ".join(f"{'ex' if abs(value - mean) > half else 'in'}cludes {text}"
                                   for text, value in [*claims, ("0", 0)])
 
     verdict = re.search(r"\*\*The verdict\.\*\*(.*?)\n\n", PAGES["README.md"], re.DOTALL)[1]
-    number = r"[+-]\d\.\d\d"
-    assert re.findall(number, verdict) == re.findall(number, "".join(answers[0][3:5]))
+    quoted = "".join(said + claim for *_, said, claim, _ in [answers[i] for i in (0, 3, 4)])
+    number = r"[+-]\d+\.\d\d"
+    assert re.findall(number, verdict) == re.findall(number, quoted)
 
 
 def test_the_readme_is_short_and_quotes_rows_of_the_results():

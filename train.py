@@ -106,6 +106,7 @@ OPTIONS = {         # what does not define a result
                 "imagenet, folder: processes that decode images, per training process"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu",
                ("cpu", "cuda")[:1 + torch.cuda.is_available()], "where to compute"),
+    "cuda_graph": (True, bool, "on one GPU, record a step and replay it, unless --compile"),
     "compile": (False, bool, "use torch.compile"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
     "checkpoint_minutes": (1.0, number(float, 0), "minutes between checkpoints"),
@@ -129,7 +130,18 @@ def train(run, net, optimizer, data, args):
     settings, model = run.settings, parallel(net, args.compile)
     total = settings["epochs"] * data.steps
     autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=bfloat16(data.device))
+    graphed = args.cuda_graph and data.device.type == "cuda" and WORLD == 1 and not args.compile
+    captured_at = run.step + 1 if graphed else None     # the first step allocates what is missing
     shown_at = saved_at = time.monotonic()
+
+    def gradients(images, labels):
+        """Leave the gradients of a batch in the parameters' .grad; return its mean loss."""
+        with autocast:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach()
 
     for epoch in range(len(run.history), settings["epochs"]):
         net.train()
@@ -140,15 +152,13 @@ def train(run, net, optimizer, data, args):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(run.step, total, settings["warmup"], settings["lr"])
 
-            with autocast:
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
-            optimizer.zero_grad()
-            loss.backward()
+            if run.step == captured_at:
+                gradients = capture(gradients, images, labels)
+            loss = gradients(images, labels)
             optimizer.step()
 
             # The losses stay on the device: to read one is to wait for it.
-            run.losses[place] = loss.detach() / WORLD
+            run.losses[place] = loss / WORLD
             if WORLD > 1:
                 dist.all_reduce(run.losses[place])
             run.step += 1
@@ -180,6 +190,25 @@ def train(run, net, optimizer, data, args):
         if run.step == total or RANK == 0 and now - saved_at > 10 * args.checkpoint_minutes:
             save(run, net, optimizer, args.out)
             saved_at = now
+
+
+def capture(function, *inputs):
+    """`function` as a CUDA graph, which starts its thousands of kernels at once, not one by one.
+
+    Capturing runs none of them, so no weight, running mean or random number changes.  A graph knows
+    fixed addresses: a call copies its inputs there, and overwrites what the last call returned.
+    """
+    fixed, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # the loader has threads
+        result = function(*fixed)
+
+    def replay(*inputs):
+        for place, tensor in zip(fixed, inputs):
+            place.copy_(tensor)
+        graph.replay()
+        return result
+    replay.captured = function          # keeps alive what is at those addresses
+    return replay
 
 
 def learning_rate(step, total, warmup, peak):
@@ -718,6 +747,9 @@ def main(argv=None):
     code = 1
     try:
         if args.device == "cuda":
+            if LOCAL_WORLD > (gpus := torch.cuda.device_count()):
+                raise ValueError(f"{LOCAL_WORLD} processes need as many GPUs, not {gpus}; start "
+                                 "fewer, or pass --device cpu")
             torch.cuda.set_device(LOCAL_RANK)               # what "cuda" means from here on
             torch.backends.cudnn.benchmark = True           # shapes hardly change: try kernels once
             torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
