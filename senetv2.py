@@ -91,7 +91,8 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
 # -------------------------------------------------------------------------------------- The network
 
 # To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  It is made with
-# the number of channels and, by name, reduction, cardinality and residual.
+# the number of channels and, by name, reduction, cardinality and residual.  If it counts, draws or
+# decides anything in Python, train it with --no-cuda-graph: on a GPU, kernels alone are replayed.
 GATES = {
     "senet": lambda channels, cardinality, **settings: SqueezeExcitation(channels, **settings),
     "senetv2": AggregatedSqueezeExcitation,

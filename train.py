@@ -106,7 +106,7 @@ OPTIONS = {         # what does not define a result
                 "imagenet, folder: processes that decode images, per training process"),
     "device": ("cuda" if torch.cuda.is_available() else "cpu",
                ("cpu", "cuda")[:1 + torch.cuda.is_available()], "where to compute"),
-    "cuda_graph": (True, bool, "on one GPU, record a step and replay it, unless --compile"),
+    "cuda_graph": (True, bool, "on one GPU, record forward and backward, unless --compile"),
     "compile": (False, bool, "use torch.compile"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
     "checkpoint_minutes": (1.0, number(float, 0), "minutes between checkpoints"),
@@ -129,17 +129,16 @@ def train(run, net, optimizer, data, args):
     """Train `net` from where `run` stands to the last epoch; save now and then, and at the end."""
     settings, model = run.settings, parallel(net, args.compile)
     total = settings["epochs"] * data.steps
-    autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=bfloat16(data.device))
     graphed = args.cuda_graph and data.device.type == "cuda" and WORLD == 1 and not args.compile
-    captured_at = run.step + 1 if graphed else None     # the first step allocates what is missing
+    captured_at = run.step + 1 if graphed else None     # cuDNN tries its kernels in the first step
     shown_at = saved_at = time.monotonic()
 
-    def gradients(images, labels):
+    def forward_backward(images, labels):
         """Leave the gradients of a batch in the parameters' .grad; return its mean loss."""
-        with autocast:
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=bfloat16(data.device)):
             logits = model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
-        optimizer.zero_grad()
+        optimizer.zero_grad()       # captured, too: a replay does not bring back a .grad of None
         loss.backward()
         return loss.detach()
 
@@ -153,8 +152,8 @@ def train(run, net, optimizer, data, args):
                 group["lr"] = learning_rate(run.step, total, settings["warmup"], settings["lr"])
 
             if run.step == captured_at:
-                gradients = capture(gradients, images, labels)
-            loss = gradients(images, labels)
+                forward_backward = capture(forward_backward, images, labels)
+            loss = forward_backward(images, labels)
             optimizer.step()
 
             # The losses stay on the device: to read one is to wait for it.
@@ -193,21 +192,22 @@ def train(run, net, optimizer, data, args):
 
 
 def capture(function, *inputs):
-    """`function` as a CUDA graph, which starts its thousands of kernels at once, not one by one.
+    """Record the kernels that `function` starts as a CUDA graph; return a function that replays it.
 
-    Capturing runs none of them, so no weight, running mean or random number changes.  A graph knows
-    fixed addresses: a call copies its inputs there, and overwrites what the last call returned.
+    Recording computes nothing.  Python runs here for the last time: its numbers and branches stay
+    as they are now, and it may not read a value from the GPU.  A graph knows only addresses: a call
+    copies its inputs to them, and overwrites the gradients and what the last call returned.
     """
-    fixed, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):    # the loader has threads
-        result = function(*fixed)
+    buffers, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    with explained("the training step cannot be recorded", "pass --no-cuda-graph"), \
+            torch.cuda.graph(graph, capture_error_mode="thread_local"):     # the loader has threads
+        result = function(*buffers)
 
     def replay(*inputs):
-        for place, tensor in zip(fixed, inputs):
-            place.copy_(tensor)
+        for buffer, tensor in zip(buffers, inputs):
+            buffer.copy_(tensor)
         graph.replay()
         return result
-    replay.captured = function          # keeps alive what is at those addresses
     return replay
 
 
@@ -615,8 +615,7 @@ def run_report(args, settings, device):
     If two runs have all settings alike (a copy, or code that was edited), the first one counts.
     """
     tables, left_out = {}, []
-    for path in [path for folder in args.report
-                 for path in sorted(Path(folder).rglob("config.json"))]:
+    for path in [path for root in args.report for path in sorted(Path(root).rglob("config.json"))]:
         try:
             run = json.loads(path.read_text())
             settings = defaults(run["settings"]["recipe"], run["settings"]["dataset"])
@@ -747,9 +746,8 @@ def main(argv=None):
     code = 1
     try:
         if args.device == "cuda":
-            if LOCAL_WORLD > (gpus := torch.cuda.device_count()):
-                raise ValueError(f"{LOCAL_WORLD} processes need as many GPUs, not {gpus}; start "
-                                 "fewer, or pass --device cpu")
+            if LOCAL_WORLD > torch.cuda.device_count():
+                raise ValueError("more processes than GPUs; start fewer, or pass --device cpu")
             torch.cuda.set_device(LOCAL_RANK)               # what "cuda" means from here on
             torch.backends.cudnn.benchmark = True           # shapes hardly change: try kernels once
             torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
