@@ -42,9 +42,8 @@ from data import DATASETS, FOLDERS, Preprocess, load_data, mix, printable, read_
 from senetv2 import GATES, OURS, PEERS, STEMS, build_model
 
 # torchrun sets these: which process this is, of how many, and the same within one machine.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get("LOCAL_RANK", 0)),
-                           int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD, LOCAL_WORLD = (int(os.environ.get(name + "_SIZE", 1)) for name in ("WORLD", "LOCAL_WORLD"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # ----------------------------------------------------------------------------------------- Settings
@@ -194,9 +193,9 @@ def train(run, net, optimizer, data, args):
 def capture(function, *inputs):
     """Record the kernels that `function` starts as a CUDA graph; return a function that replays it.
 
-    Recording computes nothing.  Python runs here for the last time: its numbers and branches stay
-    as they are now, and it may not read a value from the GPU.  A graph knows only addresses: a call
-    copies its inputs to them, and overwrites the gradients and what the last call returned.
+    Recording computes nothing, so Python may read no value from the GPU here.  Its numbers and
+    branches stay as they are now, and so do all addresses: a call copies its inputs there, and
+    overwrites the gradients and what the last call returned.
     """
     buffers, graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
     with explained("the training step cannot be recorded", "pass --no-cuda-graph"), \
@@ -476,15 +475,13 @@ def run_training(args, settings, device):
 
 def open_data(args, settings, device):
     """The data set.  One process downloads what is missing, then one of each other machine."""
+    options = {key: settings[key] for key in ("batch_size", "seed", "augment", "train_images",
+                                              "images_per_class", "image_size")}
     my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
     for turn in range(3 if WORLD > 1 else 1):
         if turn == my_turn:
-            data = load_data(
-                settings["dataset"], args.data_dir, device=device, rank=RANK, world=WORLD,
-                batch_size=settings["batch_size"], seed=settings["seed"],
-                augment=settings["augment"], train_images=settings["train_images"],
-                images_per_class=settings["images_per_class"],
-                image_size=settings["image_size"], workers=args.workers)
+            data = load_data(settings["dataset"], args.data_dir, device=device, rank=RANK,
+                             world=WORLD, workers=args.workers, **options)
         if WORLD > 1:
             dist.barrier()
     return data
@@ -546,8 +543,7 @@ def run_evaluation(args, settings, device):
         say(f"{top1:7.2f}%  {name}")
     say(f"{data.test_size:,} test images of {net.settings['dataset']}: {in_words(test)}")
     if net.settings["model"] in GATES:
-        folder = args.checkpoint if args.checkpoint.is_dir() else args.checkpoint.parent
-        look_inside(net, data, folder / "gates.png")
+        look_inside(net, data, checkpoint_file(args.checkpoint).with_name("gates.png"))
 
 
 def look_inside(net, data, path):
@@ -711,8 +707,7 @@ def defaults(recipe, dataset):
 def parse_args(argv=None):
     """(args, settings): all flags, and those that define the result, as a dict of plain values."""
     parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train and evaluate SENetV2 and the networks it is compared with.",
+        prog="train.py", description="Train and evaluate SENetV2 and networks to compare with.",
         usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, (default, kind, meaning) in (SETTINGS | OPTIONS).items():
         how = (dict(action=argparse.BooleanOptionalAction) if kind is bool
