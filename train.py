@@ -128,13 +128,14 @@ def train(run, net, optimizer, data, args):
     """Train `net` from where `run` stands to the last epoch; save now and then, and at the end."""
     settings, model = run.settings, parallel(net, args.compile)
     total = settings["epochs"] * data.steps
+    autocast = torch.autocast(data.device.type, torch.bfloat16, enabled=bfloat16(data.device))
     graphed = args.cuda_graph and data.device.type == "cuda" and WORLD == 1 and not args.compile
     captured_at = run.step + 1 if graphed else None     # cuDNN tries its kernels in the first step
     shown_at = saved_at = time.monotonic()
 
     def forward_backward(images, labels):
         """Leave the gradients of a batch in the parameters' .grad; return its mean loss."""
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=bfloat16(data.device)):
+        with autocast:
             logits = model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
         optimizer.zero_grad()       # captured, too: a replay does not bring back a .grad of None
@@ -177,9 +178,8 @@ def train(run, net, optimizer, data, args):
         row = dict(epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"],
                    train_loss=run.losses.mean().item(), **test, images_per_second=speed)
         run.history.append(row)
-        lines = [row.keys(), *(past.values() for past in run.history)]
-        replace_file(args.out / "metrics.csv",
-                     "".join(",".join(map(str, line)) + "\n" for line in lines))
+        lines = [",".join(map(str, line)) for line in (row.keys(), *map(dict.values, run.history))]
+        replace_file(args.out / "metrics.csv", "\n".join(lines) + "\n")
         say(f"{in_words(row)}  {(total - run.step) * data.batch_size / speed / 60:.1f} min left"
             if speed else in_words(row))
 
