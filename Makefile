@@ -52,7 +52,7 @@ TABLES = "cifar100 --layers 3,4,6,3" "cifar10 --layers 1,1,1,1" "cifar10 --layer
 WIDTHS = resnet senet "senet --reduction 16" senetv2
 
 .PHONY: help train evaluate predict look table test bench faults pictures report results paper \
-  experiment1 experiment2 experiment3 experiment4 experiment5 clean
+  experiment1 experiment2 experiment3 experiment4 experiment5 experiment6 clean
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -116,6 +116,10 @@ experiment4: $(READY)  ## multiply by 1 + s, as the released code does, or by s,
 
 experiment5: $(READY)  ## networks to compare with, CIFAR-100
 	$(call sweep,cifar100,mobilenet_v2 efficientnet_b0 resnext50_32x4d vit)
+
+experiment6: $(READY)  ## gates over a network that starts well, or as usual, CIFAR-100
+	$(call sweep,cifar100,resnet "resnet --zero-init" senet "senet --zero-init" senetv2 $\
+	  "senetv2 --zero-init")
 
 clean:  ## remove .venv and caches; runs and data stay
 	rm -rf .venv .pytest_cache __pycache__

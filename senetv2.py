@@ -118,7 +118,7 @@ class GatedBottleneck(Bottleneck):
 
 
 def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", reduction=32,
-                cardinality=4, residual=False, image_size=32, **options):
+                cardinality=4, residual=False, image_size=32, zero_init=False, **options):
     """A network that maps images (B, 3, H, W) to logits (B, num_classes).
 
     name       resnet, senet or senetv2; or a peer, which uses only num_classes and options.
@@ -127,6 +127,8 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
                "cifar": 3x3 with stride 1 and no pooling; they stay 32x32.
     reduction, cardinality, residual    of the gates, as in AggregatedSqueezeExcitation.
     image_size    pixels per side, which only vit must know.
+    zero_init     start the last batch norm of each bottleneck at 0 (arXiv 1706.02677, section 5.1),
+                  so that at first each block returns its shortcut.
     options    go to torchvision's constructor, for example norm_layer=... .
 
     Raises ValueError for an unknown name or stem, for layers that are not four positive numbers,
@@ -144,7 +146,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
                          "(3, 4, 6, 3), which is ResNet-50, or (1, 1, 1, 1)")
 
     block = GatedBottleneck if name in GATES else Bottleneck
-    model = ResNet(block, list(layers), num_classes, **options)
+    model = ResNet(block, list(layers), num_classes, zero_init_residual=zero_init, **options)
 
     if stem == "cifar":
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)

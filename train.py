@@ -80,6 +80,7 @@ SETTINGS = {        # what defines a result: default, type or choices, meaning
     "reduction": (32, number(int, 1), "r: each hidden layer of a gate has C/r units"),
     "cardinality": (4, number(int, 1), "K: hidden layers side by side in the gate of senetv2"),
     "residual": (False, bool, "multiply by 1 + s, as the released code does, not by s"),
+    "zero_init": (False, bool, "start the last batch norm of each bottleneck at 0"),
     "weights": (None, str, "start from: imagenet (torchvision's weights), or a file"),
     "optimizer": ("adam", ("adam", "sgd"), "sgd has Nesterov momentum 0.9"),
     "lr": (1e-3, number(float, 0), "peak learning rate"),
@@ -95,7 +96,7 @@ SETTINGS = {        # what defines a result: default, type or choices, meaning
     "seed": (0, number(int, 0, 2**63 - 1), "random seed of weights, order and augmentation"),
 }
 USED_BY = {         # settings that only some networks or data sets have
-    "layers": OURS, "stem": OURS, "reduction": GATES, "residual": GATES,
+    "layers": OURS, "stem": OURS, "zero_init": OURS, "reduction": GATES, "residual": GATES,
     "cardinality": GATES.keys() - {"senet"}, "images_per_class": FOLDERS, "image_size": FOLDERS,
 }
 
@@ -374,6 +375,7 @@ def read_checkpoint(path):
     path = checkpoint_file(path)
     with usable(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)     # no file can run code
+        saved["settings"] = completed(saved["settings"])
         return {key: saved[key] for key in ("settings", "classes", "images", "step", "history",
                                             "losses", "model", "optimizer")}
 
@@ -459,6 +461,8 @@ def run_training(args, settings, device):
             resume(run, net, optimizer, saved.pop(), args.out)
         elif settings["weights"] and RANK == 0:         # parallel() copies them to the others
             say(load_weights(net, settings["weights"], settings["model"]))
+            if settings["zero_init"]:
+                say("zero_init: batch norms start from the weights, where these hold them, not at 0")
 
         if len(run.history) < settings["epochs"]:
             describe(run, net, data, args.out)
@@ -492,7 +496,8 @@ def build_network(settings, classes):
     return build_model(
         settings["model"], len(classes), layers, settings["stem"], settings["reduction"],
         settings["cardinality"], settings["residual"],
-        image_size=settings["image_size"] if settings["dataset"] in FOLDERS else 32)
+        image_size=settings["image_size"] if settings["dataset"] in FOLDERS else 32,
+        zero_init=settings["zero_init"])
 
 
 def parallel(model, compiled):
@@ -599,7 +604,8 @@ PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the
     ("cifar100", "3,4,6,3"): {"resnet": 61.72, NARROW: 62.26, SENETV2: 63.52},
     ("cifar10", "1,1,1,1"): {"resnet": 77.38, NARROW: 77.79, SENETV2: 78.60},
 }
-NETWORK = ("model", "reduction", "cardinality", "residual", "seed")     # differ within a table
+NETWORK = ("model", "reduction", "cardinality", "residual", "zero_init", "seed")    # of one table
+ZERO_INIT = " zero-init"        # ends the names of networks that start so
 COLOURS = "grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink", "black"
 # Student's t: half of a two-sided 95% interval, in standard errors, for 2 to 10 runs.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -614,8 +620,7 @@ def run_report(args, settings, device):
     for path in [path for root in args.report for path in sorted(Path(root).rglob("config.json"))]:
         try:
             run = json.loads(path.read_text())
-            settings = defaults(run["settings"]["recipe"], run["settings"]["dataset"])
-            settings |= {key: run["settings"][key] for key in SETTINGS if key in run["settings"]}
+            settings = completed(run["settings"])
             rows = csv.DictReader(path.with_name("metrics.csv").read_text().splitlines())
             run["top1"] = [float(row["top1"]) for row in rows]
             if len(run["top1"]) < settings["epochs"]:
@@ -642,7 +647,8 @@ def label(settings):
     name, r, k = settings["model"], settings["reduction"], settings["cardinality"]
     if name in GATES:
         name += f" r={r}" + f" K={k}" * (name != "senet") + " residual" * settings["residual"]
-    return SENETV2 if name + " (= senet r=8)" == SENETV2 else name
+    name = SENETV2 if name + " (= senet r=8)" == SENETV2 else name
+    return name + ZERO_INIT * settings["zero_init"]
 
 
 def print_results(shared, networks):
@@ -653,8 +659,10 @@ def print_results(shared, networks):
           + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual[key]
                       or key in ("recipe", "optimizer", "lr", "batch_size", "stem")
                       or key == "images_per_class" and shared["dataset"] in FOLDERS) + ".\n")
-    print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 "
-          "| in the paper |\n|---|---|---|---|---|---|---|")
+    starts = any(name.endswith(ZERO_INIT) for name in networks)
+    print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 | "
+          + "minus the same without zero-init | " * starts
+          + "in the paper |\n" + "|---" * (7 + starts) + "|")
 
     ordered = sorted(networks, key=lambda name: [*networks[name].values()][0]["parameters"])
     top1 = {name: {seed: run["top1"][-1] for seed, run in networks[name].items()}
@@ -663,9 +671,11 @@ def print_results(shared, networks):
     for name, seeds in top1.items():
         count, values = [*networks[name].values()][0]["parameters"], seeds.values()
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        print(f"| {name} | {count:,} | {len(seeds)} | {statistics.fmean(values):.2f}{spread} "
-              f"| {difference(top1, name, 'resnet')} | {difference(top1, name, NARROW)} "
-              f"| {format(paper[name], '.2f') if name in paper else '-'} |")
+        start = ZERO_INIT * name.endswith(ZERO_INIT)    # compare with networks of the same start
+        bases = ["resnet" + start, NARROW + start] + [name.removesuffix(ZERO_INIT)] * starts
+        print(f"| {name} | {count:,} | {len(seeds)} | {statistics.fmean(values):.2f}{spread} | "
+              + " | ".join(difference(top1, name, base) for base in bases)
+              + f" | {format(paper[name], '.2f') if name in paper else '-'} |")
     machines = sorted({f"{run['device']}, torch {run['torch']}"
                        + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1)
                        for seeds in networks.values() for run in seeds.values()})
@@ -686,7 +696,8 @@ def print_results(shared, networks):
 def difference(top1, name, base):
     """`name` minus `base` over their common seeds: the mean and its 95% interval, in words."""
     gaps = [top1[name][seed] - top1[base][seed] for seed in top1[name]
-            if seed in top1.get(base, {}) and name not in (base, "resnet")]
+            if seed in top1.get(base, {}) and name != base
+            and (base == "resnet" or name.split()[0] != "resnet")]
     if len(gaps) < 2:
         return f"{gaps[0]:+.2f}" if gaps else "-"
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
@@ -702,6 +713,11 @@ def defaults(recipe, dataset):
     table = {name: default for name, (default, _, _) in SETTINGS.items()}
     return table | RECIPES[recipe] | FOR_DATASET.get(dataset, {}) | dict(recipe=recipe,
                                                                          dataset=dataset)
+
+
+def completed(settings):
+    """The settings of a run, with the defaults of what older code did not store."""
+    return defaults(settings["recipe"], settings["dataset"]) | settings
 
 
 def parse_args(argv=None):
