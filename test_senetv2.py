@@ -355,6 +355,22 @@ def test_the_bottleneck_gates_the_last_norm_before_the_addition():
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), learnt) for y in outputs))
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_zero_init_starts_the_last_norms_at_0_and_changes_nothing_else(name):
+    states = []
+    for zero_init in (False, True):
+        torch.manual_seed(1)
+        net = build_model(name, 10, (1, 2, 1, 1), zero_init=zero_init)
+        states.append(net.state_dict())
+    usual, started = states
+    last = {key for key in usual if key.endswith("bn3.weight")}
+    assert len(last) == 5 and all(usual[key].eq(1).all() for key in last)
+    assert_equal(started, type(usual)(
+        (key, torch.zeros_like(value) if key in last else value) for key, value in usual.items()))
+    block, x = net.layer2[1], torch.randn(2, 512, 4, 4)     # a block without downsample
+    assert torch.equal(block(x), x.relu())
+
+
 @pytest.mark.parametrize("name", senetv2.GATES)
 def test_gates_are_called_as_modules_so_hooks_see_them(name):
     net, seen = build_model(name, 10), []
@@ -844,6 +860,8 @@ def test_help_shows_the_defaults_that_count(capsys):
     # A setting without use stays at its default.
     ("--model resnet --reduction 16", "reduction 16 is not used by", "shapes-resnet-paper-seed0"),
     ("--model senet --cardinality 8", "cardinality 8 is not used by", "shapes-senet-paper-seed0"),
+    ("--model resnet --zero-init", "", "shapes-resnet-paper-zero_initTrue-seed0"),
+    ("--model vit --zero-init", "zero_init True is not used by", "shapes-vit-paper-seed0"),
     ("--model vit --layers 3,4,6,3", "layers 3,4,6,3 is not used by", "shapes-vit-paper-seed0"),
     ("--dataset cifar10 --image-size 64", "image_size 64 is not", "cifar10-senetv2-paper-seed0"),
 ])
@@ -1056,6 +1074,25 @@ def test_a_run_keeps_others_out_until_it_is_ended_and_then_goes_on(by, whole, tm
 
     assert "resuming after step" in capsys.readouterr().out
     assert same_result(tmp_path, whole / "folder")
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_a_run_from_before_zero_init_goes_on_without_it(recipe, tmp_path, capsys):
+    flags = ["--recipe", recipe, "--layers", "1,1,1,1", "--stem", "imagenet", "--train-images", "8",
+             "--batch-size", "8", "--epochs", "1", "--out", str(tmp_path)]
+    train.main(flags)
+    edited(lambda saved: saved["settings"].pop("zero_init"))(tmp_path / "last.pt")
+    train.main(flags)
+    assert "already finished" in capsys.readouterr().out
+    assert train.load(tmp_path).layer1[0].bn3.weight.all()
+    assert "zero_init: was False, is True" in complaint(capsys, *flags, "--zero-init")
+
+
+def test_weights_overwrite_the_start_at_0_which_is_said(finished, tmp_path, capsys):
+    flags = [*QUICK, "--weights", str(finished), "--lr", "0", "--out", str(tmp_path), "--zero-init"]
+    train.main(flags)
+    assert "zero_init: batch norms start from the weights" in capsys.readouterr().out
+    assert train.load(tmp_path).layer1[0].bn3.weight.all()
 
 
 def test_a_checkpoint_that_appears_before_the_lock_is_resumed(whole, tmp_path, monkeypatch, capsys):
@@ -1349,6 +1386,27 @@ def test_the_report_averages_last_epochs_and_pairs_by_seed(tmp_path, capsys):
     assert "line [99.00, 72.00]" in text and text.count("```mermaid") == 1
 
 
+def test_the_report_compares_networks_of_the_same_start(tmp_path, capsys):
+    gate = dict(model="senetv2", reduction=32, cardinality=4)
+    for number, (top1, settings) in enumerate((
+            (60, {}), (63, gate), (64, gate | dict(residual=True)), (70, dict(zero_init=True)),
+            (72, gate | dict(zero_init=True)), (71.5, dict(model="senet", reduction=32,
+                                                           zero_init=True)))):
+        invent_run(tmp_path / str(number), 0, top1, **settings)
+    train.main(["--report", str(tmp_path)])
+    lines = [line.split(" | ")[:1] + line.split(" | ")[3:]
+             for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert lines == [
+        ["| network", "top-1 (%)", "minus resnet", "minus senet r=32",
+         "minus the same without zero-init", "in the paper |"],
+        ["| resnet", "60.00", "-", "-", "-", "77.38 |"],
+        ["| senetv2 r=32 K=4 (= senet r=8)", "63.00", "+3.00", "-", "-", "78.60 |"],
+        ["| senetv2 r=32 K=4 residual", "64.00", "+4.00", "-", "-", "- |"],
+        ["| resnet zero-init", "70.00", "-", "-", "+10.00", "- |"],
+        ["| senetv2 r=32 K=4 (= senet r=8) zero-init", "72.00", "+2.00", "+0.50", "+9.00", "- |"],
+        ["| senet r=32 zero-init", "71.50", "+1.50", "-", "-", "- |"]]
+
+
 def test_intervals_are_those_of_students_t():
     for freedom, t in enumerate(train.T95, start=1):    # 95 % of the density are within t of 0
         x, half = np.linspace(-t, t, 10**5), (freedom + 1) / 2
@@ -1440,6 +1498,7 @@ def test_only_what_was_typed_for_this_make_counts(target):
     ("experiment1", 4, ("cifar10", "--model senet --reduction 16")),
     ("experiment2", 8, ("cifar100", "--reduction 2")), ("experiment3", 6, ("--model senetv2",)),
     ("experiment4", 4, ("--residual",)), ("experiment5", 8, ("--model vit",)),
+    ("experiment6", 12, ("--model resnet --zero-init", "--model senetv2 --zero-init")),
 ])
 def test_experiments_are_lists_of_commands_that_parse(words, count, said):
     lines = make(*words.split(), "PYTHON=python3", "TRAIN=echo", "SEEDS=0 1")
@@ -1510,6 +1569,8 @@ def test_the_answers_and_the_verdict_follow_from_the_raw_files():
         settings = json.loads(config.read_text())["settings"]
         if "other-machine" not in str(config):
             width = f" r={settings['reduction']}" if settings["model"] == "senet" else ""
+            width += "".join(f" {key.replace('_', '-')}" for key in ("residual", "zero_init")
+                             if settings.get(key))
             table = f"{settings['dataset']} | {settings['layers']} | {settings['epochs']}"
             seeds = top1.setdefault((table, settings["model"] + width), {})
             seeds[settings["seed"]] = float(rows(config.parent)[-1]["top1"])
