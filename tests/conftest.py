@@ -1,0 +1,176 @@
+"""conftest"""
+import argparse
+import ast
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.transforms import v2
+
+import data
+import senetv2
+import train
+from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
+from tests.conftest import *
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that computes the same bits each time; what main() sets for it ends with the test."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    precision = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_float32_matmul_precision(precision)
+
+
+def no_network(*args, **kwargs):
+    raise URLError("no network")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ of three classes: JPEGs of many sizes, gray and colour, and PNGs as .JPEG."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("val", 3)):
+        for label in ("cat", "dog", "owl"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                size = (1 if i % 4 == 1 else 3, 20 + 7 * i, 60 - 3 * i)
+                image = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+                save_image(image, tmp_path / split / label / f"{label}_{i}.JPEG",
+                           "PNG" if i % 4 == 2 else "JPEG")
+    return tmp_path
+
+
+def folder_flags(folder, out, workers=0, epochs=1):
+    """A run on the images of `folder`, of 4 steps per epoch; its own folder comes last."""
+    return ["--dataset", "folder", "--data-dir", str(folder), "--layers", "1,1,1,1", "--image-size",
+            "32", "--batch-size", "8", "--epochs", str(epochs), "--workers", str(workers),
+            "--device", "cpu", "--out", str(out)]
+
+
+def load_folder(root, **options):
+    return data.load_data("folder", root, **dict(batch_size=8, image_size=32) | options)
+
+
+def add_image(root):
+    shutil.copy(root / "train" / "cat" / "cat_0.JPEG", root / "train" / "dog" / "another.JPEG")
+
+
+def rename_class(root):
+    for split in ("train", "val"):
+        (root / split / "owl").rename(root / split / "elk")
+
+
+def passes(source):
+    """All batches of two epochs with the test images between them, as a run sees them."""
+    batches = [*source.train_batches(0), *source.test_batches(), *source.train_batches(1)]
+    assert sum(len(labels) for _, labels in batches) == 2 * source.steps * source.batch_size + 9
+    return batches
+
+
+def end_workers(source):
+    """End workers that failed: left to the garbage collector, it can take ten seconds."""
+    if source.loader._iterator:
+        source.loader._iterator._shutdown_workers()
+
+
+QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2",        # 12 steps
+         "--device", "cpu"]
+
+
+def complaint(capsys, *flags):
+    """The one line with which train.py refuses these flags."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(flag) for flag in flags])
+    text = capsys.readouterr().err
+    assert stop.value.code not in (0, None) and text.count("\n") == 1, text
+    return text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a run of two short epochs; what the command line said lies beside it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    process = subprocess.run([sys.executable, HERE / "train.py", *QUICK, "--out", out],
+                             capture_output=True, text=True)
+    assert process.returncode == 0 and process.stderr == ""
+    out.with_name("said").write_text(process.stdout)
+    return out
+
+
+@contextlib.contextmanager
+def start(*flags, processes=1):
+    """train.py in a process of its own, or in several by torchrun; none outlives the test."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *launcher * (processes > 1), HERE / "train.py", *flags]
+    process = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):       # its group has gone
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(process, text):
+    """Read what it prints until a line holds `text`."""
+    while text not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
+def edited(change):
+    """A function that changes what a checkpoint holds."""
+    def spoil(path):
+        change(saved := train.read_checkpoint(path))
+        torch.save(saved, path)
+    return spoil
+
+
+def invent_run(folder, seed, top1, epochs=2, done=2, **settings):
+    """A folder as a run leaves it, without weights."""
+    settings = dict(dataset="cifar10", model="resnet", recipe="paper", layers="1,1,1,1",
+                    stem="imagenet", lr=0.001, epochs=epochs, batch_size=128) | settings
+    about = dict(settings=settings | dict(seed=seed), parameters=8036426, device="D", torch="T")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(about))
+    lines = [f"{epoch + 1},{top1 if epoch + 1 == done else 99}" for epoch in range(done)]
+    (folder / "metrics.csv").write_text("\n".join(["epoch,top1", *lines]) + "\n")
+
+
+def make(*words, **environment):
+    """The lines that make prints.  PYTHON=... keeps it from installing into .venv."""
+    result = subprocess.run(["make", "--no-print-directory", *words], cwd=HERE, text=True,
+                            capture_output=True, env=os.environ | environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()

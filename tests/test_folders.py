@@ -1,0 +1,204 @@
+"""test_folders"""
+import argparse
+import ast
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.transforms import v2
+
+import data
+import senetv2
+import train
+from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
+from tests.conftest import *
+
+
+def test_images_of_every_kind_are_read_as_they_look(tmp_path):
+    ramp = np.linspace(0, 255, 40 * 30 * 3).astype(np.uint8).reshape(40, 30, 3)
+    colour, grey = Image.fromarray(ramp), np.repeat(ramp[..., :1], 3, axis=2)
+    turn_right = Image.Exif()
+    turn_right[0x0112] = 6
+    sixteen = Image.fromarray(ramp[..., 0].astype(np.uint16) * 257)     # 50 % stays 50 %
+    other, clear = Image.fromarray(255 - ramp), Image.fromarray(ramp).convert("RGBA")
+    clear.putalpha(7)
+    kinds = {       # file -> the image, how it is saved, how it looks
+        "png.JPEG": (colour, dict(format="PNG"), ramp), "a.bmp": (colour, {}, ramp),
+        "a.TIFF": (colour, {}, ramp), "a.ppm": (colour, {}, ramp), "alpha.png": (clear, {}, ramp),
+        "lossless.webp": (colour, dict(lossless=True), ramp),
+        "turned.png": (colour, dict(exif=turn_right), np.rot90(ramp, -1)),
+        "grey.jpg": (colour.getchannel(0), dict(quality=95), grey),
+        "cmyk.jpg": (colour.convert("CMYK"), dict(quality=95), ramp),
+        "16 bits.png": (sixteen, {}, grey), "16 bits.tif": (sixteen, {}, grey),
+        "moving.webp": (colour, dict(save_all=True, append_images=[other], lossless=True), ramp)}
+
+    for name, (image, how, looks) in kinds.items():
+        image.save(tmp_path / name, **how)
+        ours = data.read_image(tmp_path / name).permute(1, 2, 0).numpy()
+        assert ours.shape == looks.shape and ours.dtype == np.uint8
+        off = abs(ours.astype(int) - looks).mean()
+        assert off == 0 or "jpg" in name and off < 3, name
+
+
+def test_a_folder_takes_what_imagefolder_takes_but_nothing_hidden(folder, capsys):
+    before = load_folder(folder)
+    for place in ("train", "val", "train/cat", "val/dog"):          # what other programs leave
+        shutil.copytree(folder / "train/cat", folder / place / ".ipynb_checkpoints")
+        (folder / place / "._cat_0.JPEG").write_bytes(b"of macOS")
+        (folder / place / ".DS_Store").touch()
+    (folder / "val/list.csv").touch()
+    assert_equal(passes(load_folder(folder)), passes(before))
+    assert load_folder(folder).identity == before.identity and load_folder(folder).left_out == {}
+
+    for name in ("a.BMP", "b.tiff", "c.heic", "d.HEIC", "e.txt"):
+        shutil.copy(folder / "train/cat/cat_2.JPEG", folder / "train/owl" / name)
+    source = load_folder(folder)
+    oracle = torchvision.datasets.ImageFolder(folder / "train")
+    paths = [os.fsdecode(path) for path in source.loader.dataset.paths[:source.train_size]]
+    assert paths == [path for path, label in oracle.samples if "/." not in path]
+    assert source.train_size == 36 + 2 and source.left_out == {".heic": 2, ".txt": 1}
+
+    train.main(folder_flags(folder, folder / "run"))
+    printed = capsys.readouterr().out
+    assert "files left out, by ending: {'.heic': 2, '.txt': 1}" in printed
+    assert "each epoch leaves out 6 images" in printed        # 38 in batches of 8
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda root: [shutil.rmtree(root / "val" / name) for name in ("cat", "dog", "owl")]
+     + [(root / "val/1.png").touch()], r"val/CLASS/ \(.*/val holds 0 folders \[\] and 1 files"),
+    (lambda root: (root / "val").rename(root / "valid"),
+     r"val/CLASS/ \(.* holds 2 folders \['train', 'valid'\] and 0 files"),
+    (lambda root: [shutil.rmtree(root / "val"), *((root / "train" / name).rename(root / name)
+                                                  for name in ("cat", "dog", "owl"))],
+     r"train/CLASS/ \(.*/train holds 0 folders|holds 4 folders"),
+    (lambda root: [(root / "deep").mkdir(), (root / "train").rename(root / "deep/train")],
+     r"train/CLASS/ \(.* holds 2 folders \['deep', 'val'\] and 0 files"),
+    (shutil.rmtree, "No such file or directory"),
+])
+def test_a_layout_that_is_none_of_ours_is_named_with_the_way_out(change, said, folder, capsys):
+    change(folder)
+    text = complaint(capsys, *folder_flags(folder, folder.parent / "run"))
+    assert re.search(said, text) and "--data-dir names the folder" in text and "layouts" in text
+
+
+@pytest.mark.parametrize("dataset, options, resized, cropped", [
+    ("shapes", {}, 32, 32), ("cifar10", {}, 32, 32), ("cifar100", dict(image_size=64), 32, 32),
+    ("imagenet", {}, 256, 224), ("folder", dict(image_size=64), 73, 64)])
+@pytest.mark.parametrize("size", [(50, 70), (300, 260), (32, 32)])
+def test_preprocess_makes_a_batch_as_torchvision_would(dataset, options, resized, cropped, size):
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    statistics = data.STATISTICS["imagenet" if dataset == "folder" else dataset]
+    oracle = v2.Compose([v2.Resize(resized), v2.CenterCrop(cropped),
+                         v2.ToDtype(torch.float32, scale=True), v2.Normalize(*statistics)])
+    torch.testing.assert_close(data.Preprocess(dataset, **options)(image), oracle(image)[None])
+
+
+def test_a_folder_keeps_the_lowest_hashes_of_every_class_and_all_test_images(folder):
+    def key(name):
+        return hashlib.md5(f"0/{name}".encode()).digest()
+
+    source = load_folder(folder, images_per_class=5)
+    oracle = {name for label in ("cat", "dog", "owl")
+              for name in sorted(os.listdir(folder / "train" / label), key=key)[:5]}
+    paths = source.loader.dataset.paths[:source.train_size]
+    assert {os.path.basename(os.fsdecode(path)) for path in paths} == oracle
+    for dataset, count in (("imagenet", 250), ("folder", 0)):
+        assert train.parse_args(["--dataset", dataset])[1]["images_per_class"] == count
+
+    prepare, labels = data.Preprocess("folder", 32), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    images = [prepare(data.read_image(path)) for path in sorted(folder.glob("val/*/*"))]
+    torch.testing.assert_close(joined(source.test_batches()), (torch.cat(images), labels))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not every system takes such names")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_names_that_are_not_utf8_or_would_clear_a_terminal_load_and_are_escaped(workers, folder):
+    before = passes(load_folder(folder))
+    name = os.fsdecode(b"owl's \xff\n\r\033[2J") + "Übung_1, 猫"
+    for split in ("train", "val"):
+        (folder / split / "owl").rename(folder / split / name)
+    source = load_folder(folder, workers=workers)
+    assert source.classes == ["cat", "dog", name]
+    assert_equal(passes(source), before)
+
+    (folder / "val" / name / "owl_0.JPEG").write_bytes(b"no image")
+    said = re.escape(r"/owl's \udcff\n\r\x1b[2JÜbung_1, 猫/owl_0.JPEG cannot be decoded")
+    with pytest.raises(ValueError, match=said):
+        list(source.test_batches())
+    end_workers(source)
+
+
+@pytest.mark.parametrize("change, same", [
+    (lambda root: None, True), (add_image, False), (rename_class, False),
+    (lambda root: os.truncate(root / "train/cat/cat_1.JPEG", 10**5), False),
+    (lambda root: os.truncate(root / "val/owl/owl_1.JPEG", 10**5), False)])
+def test_another_file_class_or_size_is_another_folder_wherever_it_lies(change, same, folder,
+                                                                       monkeypatch):
+    before = load_folder(folder).identity
+    change(folder)
+    shutil.copytree(folder, folder / "moved")
+    monkeypatch.chdir(folder)
+    for root in (folder, folder / "moved", "moved"):
+        assert (load_folder(root).identity == before) == same
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda root, image: (root / "train/owl").rename(root / "train/elk"), "classes.*elk, owl"),
+    (lambda root, image: (root / "train/elk").mkdir(), "no valid file for the classes elk"),
+    (lambda root, image: (root / "train/cat/gone.png").symlink_to("nowhere"),
+     "gone.png cannot be read .*remove it"),
+    (lambda root, image: image.write_bytes(b"no image"), "cat_0.JPEG cannot be decoded"),
+    (lambda root, image: os.truncate(image, 200), "cat_0.JPEG cannot be decoded .*(T|t)runcated"),
+    (lambda root, image: image.unlink(), "cat_0.JPEG is not found"),
+    (lambda root, image: Image.new("1", (20000, 20000)).save(image, "PNG"),
+     "cat_0.JPEG cannot be decoded .*decompression bomb"),
+])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_useless_folder_or_image_is_refused_in_one_line(spoil, said, workers, folder):
+    source = load_folder(folder, workers=workers)
+    spoil(folder, folder / "val" / "cat" / "cat_0.JPEG")
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        list(source.test_batches())     # says what is wrong with an image
+        load_folder(folder)             # and this, what is wrong with the folder
+    *before, last = str(error.value).strip().splitlines()       # a worker's traceback comes before
+    assert re.search(said, last) and (workers or not before)
+    end_workers(source)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_folder_batches_do_not_depend_on_the_workers_which_start_once(workers, folder):
+    alone, source = (load_folder(folder, batch_size=2, workers=count) for count in (0, workers))
+    expected, started = passes(alone), set()
+    for _ in range(2):
+        next(source.train_batches(0))       # a pass abandoned halfway leaves the next one right
+        assert_equal(passes(source), expected)
+        running = getattr(source.loader._iterator, "_workers", [])
+        started.add(tuple(worker.pid for worker in running))
+    assert len(started) == 1 and len(*started) == workers
+
+    assert_equal(list(source.train_batches(1, first_step=2)), expected[-16:])
+    assert list(source.train_batches(1, first_step=18)) == []       # resumed before the evaluation

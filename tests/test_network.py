@@ -1,0 +1,147 @@
+"""test_network"""
+import argparse
+import ast
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.transforms import v2
+
+import data
+import senetv2
+import train
+from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
+from tests.conftest import *
+
+
+def test_a_softmax_would_nearly_close_an_undecided_gate():
+    block = SqueezeExcitation(256, 32)
+    for p in block.expand.parameters():
+        nn.init.zeros_(p)
+    scale = block.scale(torch.randn(1, 256, 4, 4)).flatten()
+    torch.testing.assert_close(scale, torch.full((256,), 0.5))
+    torch.testing.assert_close(scale.logit().softmax(0), torch.full((256,), 1 / 256))
+
+
+@pytest.mark.parametrize("name, options, said", [
+    ("senetv2", dict(reduction=512), "reduction is 512.* between 1 and .*channels, 256"),
+    ("senet", dict(reduction=0), "reduction is 0.* between 1 and .*channels, 256"),
+    ("senetv2", dict(cardinality=0), "cardinality is 0.* 1 or more"),
+    ("senet", dict(layers=(1, 1, 1)), r"\(1, 1, 1\); give four positive"),
+    ("senet", dict(layers=(1, 1, 0, 1)), r"\(1, 1, 0, 1\); give four positive"),
+    ("senet", dict(layers="1,1,1,1"), "'1,1,1,1'; give four positive"),
+    ("resnet", dict(stem="tiny"), "'tiny'.* imagenet, cifar"),
+    ("senet3", {}, "'senet3'.* resnet, senet, senetv2, .*convnext_tiny, vit"),
+    ("vit", dict(image_size=130), "16x16.* 130"),
+])
+def test_impossible_networks_are_refused_with_the_way_out(name, options, said):
+    with pytest.raises(ValueError, match=rf"\A.*{said}.*\Z"):       # one line: . is no newline
+        build_model(name, **options)
+
+
+@pytest.mark.parametrize("name", senetv2.GATES)
+def test_gates_are_called_as_modules_so_hooks_see_them(name):
+    net, seen = build_model(name, 10), []
+    for block in net.modules():
+        if isinstance(block, Bottleneck):
+            block.gate.register_forward_hook(
+                lambda gate, inputs, out: seen.append((gate, out, out.clone())))
+    net(torch.randn(2, 3, 32, 32))
+    assert len({gate for gate, _, _ in seen}) == len(seen) == 16
+
+    # What a hook keeps stays as it was: nothing is added to it in place.
+    assert all(torch.equal(out, copied) for _, out, copied in seen)
+
+
+@pytest.mark.parametrize("name", senetv2.PEERS)
+@pytest.mark.parametrize("size", [32, 224])
+def test_peers_are_torchvisions_and_fit_both_image_sizes(name, size):
+    with torch.device("meta"):
+        net = build_model(name, 7, **(dict(image_size=size) if name == "vit" else {}))
+        assert net(torch.empty(2, 3, size, size)).shape == (2, 7)
+    assert type(net).__module__.startswith("torchvision.models")
+
+
+def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
+    code, = [code for code in re.findall(r"^```python\n(.*?)^```", PAGES["README.md"], re.M | re.S)
+             if "class Constant" in code]
+    exec(code, names := {})
+    monkeypatch.setitem(senetv2.GATES, "constant", names["Constant"])
+    monkeypatch.setattr(senetv2, "OURS", (*OURS, "constant"))
+    monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", (*OURS, "constant"), "a gate"))
+    monkeypatch.setitem(train.USED_BY, "layers", ("constant",))
+    train.main([*QUICK[:4], "--epochs", "1", "--model", "constant", "--out", str(tmp_path)])
+    train.main(["--evaluate", "--checkpoint", str(tmp_path)])
+    assert "no picture of the gates" in capsys.readouterr().out.splitlines()[-1]
+
+    other = nn.Sequential(nn.Conv2d(3, 8, 3), names["Constant"](8))         # in another network
+    assert other(torch.randn(2, 3, 9, 9)).shape == (2, 8, 7, 7)
+
+
+WRAPPED = {     # how weights lie in the files of other programs
+    "torchvision and timm": lambda weights: weights,
+    "PyTorch's ImageNet example": lambda weights: dict(
+        state_dict={f"module.{key}": value for key, value in weights.items()}, epoch=3),
+    "torchvision's references": lambda weights: dict(
+        model=weights, args=argparse.Namespace(lr=0.1), epoch=3),
+    "compiled": lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
+def test_weights_are_taken_as_they_come_where_name_and_shape_agree(wrapped, finished, folder,
+                                                                   tmp_path, capsys):
+    given = train.read_checkpoint(finished)["model"]
+    torch.save(wrapped(given), tmp_path / "weights.pth")
+    net = build_model("resnet", 3, SMALL)
+    before = net.fc.weight.clone()
+    text = train.load_weights(net, tmp_path / "weights.pth", "resnet")
+
+    same = {key for key in given if "gate" not in key and "fc" not in key}
+    assert f"{len(same)} tensors taken" in text and "new: 2 ['fc.weight', 'fc.bias']" in text
+    assert "unused: 18 ['layer1.0.gate.reduce.weight'" in text      # 4 gates of 4, and fc
+    assert len(same) > 80 and torch.equal(net.fc.weight, before)
+    assert all(torch.equal(net.state_dict()[key], given[key]) for key in same)
+
+
+def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
+    flags = [*QUICK, "--weights", str(finished), "--lr", "0", "--out", str(tmp_path / "run")]
+    train.main(flags)
+    assert "new: 0 []; unused: 0 []" in capsys.readouterr().out
+    given, weights = train.load(finished), train.load(tmp_path / "run")     # at a rate of 0
+    assert_equal(*(dict(net.named_parameters()) for net in (given, weights)))
+
+    torch.save({"step": 3}, tmp_path / "other.pt")
+    for source, said in ((tmp_path / "other.pt", "no tensor of"), (tmp_path / "x", "no checkpoint"),
+                         (HERE / "README.md", "holds no weights")):
+        assert said in complaint(capsys, *QUICK, "--weights", source, "--out", tmp_path / "else")
+
+
+def test_weights_overwrite_the_start_at_0_which_is_said(finished, tmp_path, capsys):
+    flags = [*QUICK, "--weights", str(finished), "--lr", "0", "--out", str(tmp_path), "--zero-init"]
+    train.main(flags)
+    assert "zero_init: batch norms start from the weights" in capsys.readouterr().out
+    assert train.load(tmp_path).layer1[0].bn3.weight.all()

@@ -1,0 +1,201 @@
+"""test_pages"""
+import argparse
+import ast
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.transforms import v2
+
+import data
+import senetv2
+import train
+from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
+from tests.conftest import *
+
+
+@pytest.mark.parametrize("target, variables", [
+    ("train", ["DATA_DIR", "OUT", "WEIGHTS"]), ("look", ["DATA_DIR"]),
+    ("evaluate", ["CHECKPOINT", "OUT"]), ("predict", ["CHECKPOINT", "IMAGE"])])
+def test_values_with_spaces_and_quotes_arrive_whole(target, variables):
+    show = f"{shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    values = {name: f"my cat's  \"best\" & (photos); echo * {name}" for name in variables}
+    lines = make("--silent", target, f"PYTHON={show}", *map("=".join, values.items()))
+    words = json.loads(lines[-1])
+    for name, value in values.items():
+        flag = "--predict" if name == "IMAGE" else "--" + name.lower().replace("_", "-")
+        assert words[words.index(flag) + 1] == value
+
+
+@pytest.mark.parametrize("words, said", [("predict", "needs IMAGE"),
+                                         ("train EPOCH=1", "unknown variable EPOCH;")])
+def test_what_make_cannot_use_is_refused(words, said):
+    words = ["make", "--no-print-directory", "-n", *words.split(), "PYTHON=python3"]
+    result = subprocess.run(words, cwd=HERE, text=True, capture_output=True)
+    assert result.returncode != 0 and said in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize("target", ["train", "evaluate", "test", "experiment1"])
+def test_only_what_was_typed_for_this_make_counts(target):
+    noise = dict.fromkeys(("ARGS", "CHECKPOINT", "DATASET", "DATA_DIR", "MODEL", "NPROC", "OUT",
+                           "PYTHON", "SEED", "SEEDS", "TRAIN", "WEIGHTS"), "noise")
+    assert make("-n", target, **noise) == make("-n", target)
+    inner = f"make --no-print-directory -n {target} PYTHON=python3 #"       # as a test may start it
+    assert make("--silent", "test", f"PYTHON={inner}", "ARGS=-k x") == make(
+        "-n", target, "PYTHON=python3")
+
+
+@pytest.mark.parametrize("words, count, said", [
+    ("paper", 24, ("--dataset cifar100 --layers 3,4,6,3 --model senetv2 --seed 1",
+                   "--dataset cifar10 --layers 1,1,1,1 --model senet --reduction 16 --seed 0")),
+    ("paper LAYERS=1,1,1,1 DATASET=imagenet EPOCHS=2", 8, ("--layers 1,1,1,1 --epochs 2",)),
+    ("experiment1", 4, ("cifar10", "--model senet --reduction 16")),
+    ("experiment2", 8, ("cifar100", "--reduction 2")), ("experiment3", 6, ("--model senetv2",)),
+    ("experiment4", 4, ("--residual",)), ("experiment5", 8, ("--model vit",)),
+    ("experiment6", 12, ("--model resnet --zero-init", "--model senetv2 --zero-init")),
+])
+def test_experiments_are_lists_of_commands_that_parse(words, count, said):
+    lines = make(*words.split(), "PYTHON=python3", "TRAIN=echo", "SEEDS=0 1")
+    parsed = [train.parse_args(shlex.split(line)) for line in lines]
+    assert len(lines) == len({args.out for args, _ in parsed}) == count
+    assert all(any(part in line for line in lines) for part in said)
+
+    seeds = [settings["seed"] for _, settings in parsed]
+    assert seeds == [0] * (count // 2) + [1] * (count // 2)         # whole comparisons first
+
+
+PAGES = {str(page.relative_to(HERE)): page.read_text() for page in (
+    HERE / "README.md", *sorted(HERE.glob("docs/*.md")), *HERE.glob("results/README.md"))}
+CODE = [pytest.param(code, id=f"{name}-{number}") for name, text in PAGES.items() for number, code
+        in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.DOTALL))]
+
+
+def test_pages_name_files_and_tests_that_exist():
+    for page, text in PAGES.items():
+        links = re.findall(r"\]\(([^)#\s]+)|(?:src|href|srcset)=\"([^\"#]+)", text)
+        local = [link for pair in links for link in pair if link and "://" not in link]
+        assert [link for link in local if not (HERE / page).parent.joinpath(link).exists()] == []
+    named = set(re.findall(r"\b(test_\w+_\w+_\w+)\b(?!\.py)", "".join(PAGES.values())))
+    assert len(named) >= 6 and named <= globals().keys()
+
+
+@pytest.mark.parametrize("code", CODE)
+def test_the_python_of_the_pages_runs(code, finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("assets").symlink_to(HERE / "assets")
+    Path("runs").mkdir()
+    Path("runs", "shapes-senetv2-paper-seed0").symlink_to(finished)         # `make train`
+    images = Path("tiny-imagenet-200", "val", "images")
+    images.mkdir(parents=True)
+    for name in ("val_0.JPEG", "val_1.JPEG", "val_2.JPEG"):
+        images.joinpath(name).touch()
+    images.with_name("val_annotations.txt").write_text(
+        "".join(f"val_{i}.JPEG\tn0{i % 2}\t0\t1\t62\t63\n" for i in range(3)))
+
+    exec(compile(code, "a page", "exec"), {})
+    if "tiny-imagenet" in code:
+        assert sorted(str(path) for path in Path("tiny-imagenet-200/val").glob("*/*")) == [
+            f"tiny-imagenet-200/val/{name}" for name in
+            ("n00/val_0.JPEG", "n00/val_2.JPEG", "n01/val_1.JPEG")]
+
+
+def test_the_four_lines_of_the_readme_are_the_gate():
+    lines, = re.findall(r"^```py\n(.*?)^```", PAGES["README.md"], re.M | re.DOTALL)
+    gate, x = AggregatedSqueezeExcitation(64, 8).double(), torch.randn(2, 64, 5, 5).double()
+    names = dict(torch=torch, F=F, x=x, reduce=gate.reduce, expand=gate.expand)
+    exec(lines, names)
+    torch.testing.assert_close(names["y"], gate(x))
+
+
+def test_the_results_are_what_the_report_prints(monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    train.main(["--report", "results"])
+    report = Path("results", "about.md").read_text() + capsys.readouterr().out
+    assert PAGES["results/README.md"] == report
+
+
+def test_the_answers_and_the_verdict_follow_from_the_raw_files():
+    top1 = {}
+    for config in HERE.glob("results/*/*/config.json"):
+        settings = json.loads(config.read_text())["settings"]
+        if "other-machine" not in str(config):
+            width = f" r={settings['reduction']}" if settings["model"] == "senet" else ""
+            width += "".join(f" {key.replace('_', '-')}" for key in ("residual", "zero_init")
+                             if settings.get(key))
+            table = f"{settings['dataset']} | {settings['layers']} | {settings['epochs']}"
+            seeds = top1.setdefault((table, settings["model"] + width), {})
+            seeds[settings["seed"]] = float(rows(config.parent)[-1]["top1"])
+
+    answers = re.findall(r"^\| (cifar\d+ \| \S+ \| \d+) \| (.+) minus (.+) \| (\d) \| (.+) "
+                         r"\| (\S+) \| (.+) \|$", PAGES["results/README.md"], re.M)
+    for table, name, base, seeds, said, claim, words in answers:
+        name, base = top1[table, name], top1[table, base]
+        gaps = [name[seed] - base[seed] for seed in name.keys() & base.keys()]
+        mean, deviation = np.mean(gaps), np.std(gaps, ddof=1)
+        half = {3: 4.303, 5: 2.776}[len(gaps)] * deviation / len(gaps)**0.5     # Student's t
+        assert said == f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+        assert seeds == str(len(gaps))
+        claims = [("the paper's figure", float(claim))] if claim != "-" else []
+        assert words == ", ".join(f"{'ex' if abs(value - mean) > half else 'in'}cludes {text}"
+                                  for text, value in [*claims, ("0", 0)])
+
+    verdict = re.search(r"\*\*The verdict\.\*\*(.*?)\n\n", PAGES["README.md"], re.DOTALL)[1]
+    number = r"[+-]\d+\.\d\d"
+    quoted = "".join(said + claim for *_, said, claim, _ in [answers[i] for i in (0, 3, 4)])
+    control, = [said.split()[0] for _, name, *_, said, _, _ in answers if name == "constant"]
+    assert re.findall(number, verdict) == [*re.findall(number, quoted), control]
+
+
+def test_the_readme_is_short_and_quotes_rows_of_the_results():
+    lines = PAGES["README.md"].splitlines()
+    assert len(lines) <= 220 and len(PAGES["README.md"].split()) <= 2000
+    quoted = {line for line in lines if line.startswith("|") and " ± " in line}
+    assert quoted and quoted <= {*PAGES["results/README.md"].splitlines()}
+
+
+LONGEST = {"senetv2.py": 20, "data.py": 20, "train.py": 20, Path(__file__).name: 25}
+
+
+@pytest.mark.parametrize("name", ["senetv2.py", "data.py"])
+def test_the_first_two_scripts_import_none_of_the_others(name):
+    imported = re.findall(r"^\s*(?:import|from) +([\w.]+)", (HERE / name).read_text(), re.M)
+    assert "torch" in imported and not {*imported} & {"senetv2", "data", "train", "test_senetv2"}
+
+
+@pytest.mark.parametrize("name", LONGEST)
+def test_lines_end_by_column_100_and_code_has_room_to_breathe(name):
+    text = (HERE / name).read_text(encoding="utf-8")
+    lines, settings = text.splitlines(), set()
+    for node in ast.parse(text).body:       # the module's own tables may be long
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Dict, ast.Tuple)):
+            settings.update(range(node.lineno, node.end_lineno + 1))
+    breaths = [number for number, line in enumerate(lines, start=1)
+               if not line.strip() or line.strip().startswith("#") or number in settings]
+    ends = [0, *breaths, len(lines) + 1]
+
+    assert [number for number, line in enumerate(lines, start=1) if len(line) > 100] == []
+    assert [(before + 1, after - before - 1) for before, after in zip(ends, ends[1:])
+            if after - before - 1 > LONGEST[name]] == []        # (first line, length)

@@ -1,0 +1,205 @@
+"""test_tools"""
+import argparse
+import ast
+import contextlib
+import copy
+import csv
+import functools
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.resnet import Bottleneck, ResNet
+from torchvision.transforms import v2
+
+import data
+import senetv2
+import train
+from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
+from tests.conftest import *
+
+
+def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
+    net, last = train.load(finished), rows(finished)[1]
+    assert net.classes == list(data.SHAPES) and net.settings["batch_size"] == 32
+    train.main(["--evaluate", "--checkpoint", str(finished)])
+    lines = capsys.readouterr().out.splitlines()
+
+    # The shapes are normalised without the loader, and the network cut by torchvision's tool.
+    images, labels = data.draw_shapes(1000, seed=2)
+    cut, gate = create_feature_extractor(net, ["layer3.0.bn3", "fc"]), net.layer3[0].gate
+    with torch.no_grad():
+        found = cut(v2.Normalize(*data.STATISTICS["shapes"])(images.float() / 255))
+        s = gate.scale(found["layer3.0.bn3"]).flatten(1)
+    logits = found["fc"].double()
+    better = (logits > logits.gather(1, labels[:, None])).sum(1)     # how many beat the right class
+    top1, top5 = (100 * (better < k).double() for k in (1, 5))
+    assert float(last["top1"]) == pytest.approx(top1.mean().item())
+    assert float(last["top5"]) == pytest.approx(top5.mean().item())
+    loss = F.cross_entropy(logits, labels).item()
+    assert float(last["test_loss"]) == pytest.approx(loss, rel=1e-4)
+
+    apart = [labels == label for label in range(10)]
+    assert lines[1:11] == [f"{top1[mine].mean():7.2f}%  {name}"
+                           for mine, name in zip(apart, net.classes)]
+    assert f"top1 {top1.mean():.5g}  top5 {top5.mean():.5g}" in lines[11]
+
+    means = torch.stack([s[mine].mean(0) for mine in apart])
+    between = means.std(0, correction=0).mean()
+    assert lines[14] == (f"stage 3: mean factor {means.mean():.3f}, standard deviation across "
+                         f"classes {between:.4f}")
+
+    # The picture's third strip: columns sorted by mean, black is 0 and white is 1.
+    picture = np.array(Image.open(finished / "gates.png"))[..., 0]
+    assert picture.shape == (4 * 108 + 8, 2064) and len(lines) == 17
+    strip = picture[2 * 108 + 8:3 * 108:10, 8:-8:2]                     # (10, 1024)
+    off = abs(strip / 255 - means[:, means.mean(0).argsort()].numpy())
+    assert off.max() < 0.01
+
+
+@pytest.mark.parametrize("source, statistics, side", [("shapes", "shapes", 32),
+                                                      ("folder", "imagenet", 36)])
+def test_prediction_names_the_most_likely_classes(source, statistics, side, whole, tmp_path,
+                                                  capsys):
+    paths = [str(tmp_path / f"{number}.png") for number in (0, 1)]
+    for path in paths:
+        save_image(torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8), path)
+    train.main(["--predict", *paths, "--checkpoint", str(whole / source)])
+
+    net, lines = train.load(whole / source), []
+    oracle = v2.Compose([v2.Resize(side), v2.CenterCrop(32), v2.ToDtype(torch.float32, scale=True),
+                         v2.Normalize(*data.STATISTICS[statistics])])
+    for path in paths:
+        x = oracle(v2.functional.pil_to_tensor(Image.open(path)))[None]
+        torch.testing.assert_close(net.preprocess(data.read_image(path)), x)
+        chances = net(x)[0].softmax(0)
+        best = chances.argsort(descending=True)[:5].tolist()
+        lines += [path, *(f"{chances[k].item():8.2%}  {net.classes[k]}" for k in best)]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_one_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, tmp_path, capsys,
+                                                                       monkeypatch, recwarn):
+    for path in [*folder.glob("*/dog"), *folder.glob("*/owl")]:
+        shutil.rmtree(path)
+    for split in ("train", "val"):      # a class and a file whose names turn a terminal red
+        (folder / split / "cat").rename(folder / split / "\033[31mcat")
+    image = (folder / "val/\033[31mcat/cat_0.JPEG").rename(folder / "val/\033[31mcat/\033[31m.JPEG")
+    train.main([*folder_flags(folder, tmp_path), "--train-images", "9"])
+
+    # Evaluation asks nothing of the training images: one is left, fewer than those 9 and a batch.
+    for path in sorted(folder.glob("train/*/*"))[1:]:
+        path.unlink()
+    place = ["--checkpoint", str(tmp_path), "--data-dir", str(folder), "--workers", "0"]
+    train.main(["--evaluate", *place])
+    printed = capsys.readouterr().out
+    assert "3 test images of folder: test_loss" in printed and "top1 100" in printed
+    assert "nan" not in printed and "top5" not in printed
+    assert not recwarn.list
+
+    train.main(["--predict", str(image), *place])
+    monkeypatch.setattr(sys, "argv", ["data.py", "--dataset", "folder", "--data-dir", str(folder),
+                                      "--out", str(tmp_path / "sheet.png")])
+    data.main()
+    printed += capsys.readouterr().out
+    assert "\033" not in printed and printed.count("\\x1b[31m") == 5
+
+
+def test_the_report_averages_last_epochs_and_pairs_by_seed(tmp_path, capsys):
+    plain, gated = {0: 70.0, 1: 71.0, 2: 75.0}, {3: 90.0, 2: 78.0, 1: 71.0, 0: 71.5}
+    for values, settings in (
+            (plain, {}), (gated, dict(model="senetv2", reduction=32, cardinality=4))):
+        for number, (seed, top1) in enumerate(values.items()):      # folders in the dict's order
+            invent_run(tmp_path / str(len(values)) / str(number), seed, top1, **settings)
+    train.main(["--report", str(tmp_path)])
+    text = capsys.readouterr().out
+
+    gaps = [gated[seed] - plain[seed] for seed in plain]
+    mean, half = np.mean(gaps), 4.303 * np.std(gaps, ddof=1) / 3**0.5   # Student's t, textbook
+    first, second = (f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+                     for values in ([*plain.values()], [*gated.values()]))
+    assert f"| resnet | 8,036,426 | 3 | {first} | - | - | 77.38 |" in text
+    assert (f"| senetv2 r=32 K=4 (= senet r=8) | 8,036,426 | 4 | {second} "
+            f"| {mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}] | - | 78.60 |") in text
+    assert "line [99.00, 72.00]" in text and text.count("```mermaid") == 1
+
+
+def test_the_report_compares_networks_of_the_same_start(tmp_path, capsys):
+    gate = dict(model="senetv2", reduction=32, cardinality=4)
+    for number, (top1, settings) in enumerate((
+            (60, {}), (63, gate), (64, gate | dict(residual=True)), (70, dict(zero_init=True)),
+            (72, gate | dict(zero_init=True)), (71.5, dict(model="senet", reduction=32,
+                                                           zero_init=True)))):
+        invent_run(tmp_path / str(number), 0, top1, **settings)
+    train.main(["--report", str(tmp_path)])
+    lines = [line.split(" | ")[:1] + line.split(" | ")[3:]
+             for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert lines == [
+        ["| network", "top-1 (%)", "minus resnet", "minus senet r=32",
+         "minus the same without zero-init", "in the paper |"],
+        ["| resnet", "60.00", "-", "-", "-", "77.38 |"],
+        ["| senetv2 r=32 K=4 (= senet r=8)", "63.00", "+3.00", "-", "-", "78.60 |"],
+        ["| senetv2 r=32 K=4 residual", "64.00", "+4.00", "-", "-", "- |"],
+        ["| resnet zero-init", "70.00", "-", "-", "+10.00", "- |"],
+        ["| senetv2 r=32 K=4 (= senet r=8) zero-init", "72.00", "+2.00", "+0.50", "+9.00", "- |"],
+        ["| senet r=32 zero-init", "71.50", "+1.50", "-", "-", "- |"]]
+
+
+def test_intervals_are_those_of_students_t():
+    for freedom, t in enumerate(train.T95, start=1):    # 95 % of the density are within t of 0
+        x, half = np.linspace(-t, t, 10**5), (freedom + 1) / 2
+        density = (1 + x**2 / freedom)**-half * math.gamma(half) / math.gamma(freedom / 2)
+        share = density.mean() * 2 * t / math.sqrt(freedom * math.pi)
+        assert share == pytest.approx(0.95, abs=5e-5)
+
+    ones = {"net": {0: -1.0, 1: 1.0} | dict.fromkeys(range(2, 99), 0.0)}
+    half = train.T95[8] * (2 / 98 / 99)**0.5            # of more than ten runs, a little too wide
+    ones["base"] = dict.fromkeys(range(99), 0.0)
+    assert train.difference(ones, "net", "base") == f"+0.00 [-{half:.2f}, +{half:.2f}]"
+
+
+def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, capsys):
+    invent_run(tmp_path / "a", 0, 70.0)
+    invent_run(tmp_path / "copied", 0, 60.0)            # the first one counts
+    invent_run(tmp_path / "old", 1, 70.0, erase=0)      # a setting that has gone
+    invent_run(tmp_path / "long", 0, 90.0, epochs=3, done=3)
+    invent_run(tmp_path / "few", 0, 50.0, train_images=10000)
+    invent_run(tmp_path / "few narrow", 0, 51.0, train_images=10000, model="senet", reduction=32)
+    train.main(["--report", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "| resnet | 8,036,426 | 2 | 70.00 ± 0.00 | - | - | 77.38 |" in text
+    assert "### cifar10, all training images, 3 epochs" in text and "| 1 | 90.00 | - |" in text
+    assert "### cifar10, 10,000 training" in text and "| 1 | 51.00 | +1.00 | - | - |" in text
+    assert text.count("```mermaid") == 3
+
+    # Unfinished runs, runs of other code and what is no run.
+    for name, more in (("running", dict(done=1)), ("newer", dict(recipe="newer")), ("list", {}),
+                       ("without top1", {})):
+        invent_run(tmp_path / name, 4, 80.0, **more)
+    (tmp_path / "list" / "config.json").write_text("[1, 2]")
+    (tmp_path / "without top1" / "metrics.csv").write_text("epoch,top5\n1,80\n2,80\n")
+    (tmp_path / "config.json").write_text("of another program")
+    train.main(["--report", str(tmp_path)])
+    table, rest = capsys.readouterr().out.split("\nRuns that are in no table:\n\n")
+    assert text.startswith(table) and "1 of 2 epochs" in rest
+    assert "copied: top-1 60.00%; the table uses another run with the same settings (70.00%" in rest
+    assert sorted(line.split(": ")[0] for line in rest.splitlines()) == [f"- {tmp_path}", *(
+        f"- {tmp_path / name}" for name in ("copied", "list", "newer", "running", "without top1"))]

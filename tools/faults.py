@@ -1,0 +1,120 @@
+"""Kill runs at random moments, and see that none is lost.
+
+    python -m tools.faults --trials 20
+"""
+import argparse
+import contextlib
+import functools
+import os
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import train
+from test_senetv2 import draw_folder, eight_steps, same_result
+
+
+SAID = {"SIGKILL": "", "full disk": "cannot write", "second process": "another process is training"}
+CASES = [(source, world) for source in ("shapes", "folder") for world in (1, 2)]
+
+
+def faults(argv):
+    """Disturb runs at random moments, and print how many end as if they had been left alone.
+
+    Most are killed twice; some meet a full disk, or the same command typed twice, and must say so.
+    A run survives if the command, given once more, ends with the bits of an undisturbed run.  It
+    forks, so it does not run on Windows.
+    """
+    parser = argparse.ArgumentParser(prog="test_senetv2.py faults")
+    parser.add_argument("--trials", type=int, default=100, help="runs to disturb (default: 100)")
+    trials = parser.parse_args(argv).trials
+    torch.set_num_threads(1)
+    data.draw_shapes = functools.cache(data.draw_shapes)    # drawn once, here: forks inherit it
+    rng, began, late = np.random.default_rng(0), time.monotonic(), []
+    seconds, survived = {}, {(fault, case): [] for fault in SAID for case in CASES}
+
+    with tempfile.TemporaryDirectory() as root:
+        draw_folder((root := Path(root)) / "images")
+        data.draw_shapes(12000, seed=1)
+        for case in CASES:
+            start = time.monotonic()
+            assert not any(wait(launch(root, str(case), case))), (root / "said").read_text()
+            seconds[case] = time.monotonic() - start
+
+        for number in range(trials):
+            case, fault = CASES[number % 4], [*SAID][max(0, number // 4 % 6 - 3)]
+            trouble, step = trial(root, case, fault, rng, seconds[case])
+            survived[fault, case].append(not trouble)
+            late += [step > 0] * (fault == "SIGKILL")
+            if trouble:
+                print(f"{fault}, {case}: {trouble}", flush=True)
+
+    total = sum(map(sum, survived.values()))
+    print(f"{total} of {trials} survived, in {time.monotonic() - began:.0f} s; of {len(late)} that "
+          f"were killed, {sum(late)} went on from a step above 0\n\n| survived / tried | "
+          "shapes, 1 process | shapes, 2 processes | folder, 1 process | folder, 2 processes |\n"
+          "|---|---|---|---|---|")
+    for fault in SAID:
+        found = [survived[fault, case] for case in CASES]
+        print(f"| {fault} | {' | '.join(f'{sum(row)}/{len(row)}' for row in found)} |")
+    sys.exit(total < trials or sum(late) < len(late) / 2)
+
+
+def trial(root, case, fault, rng, seconds):
+    """(what went wrong, in words, or None; the last step that a process resumed after)"""
+    shutil.rmtree(root / "trial", ignore_errors=True)
+    (root / "said").unlink()
+    for _ in range(2 if fault == "SIGKILL" else 1):
+        runs = [launch(root, "trial", case, fault) for _ in range(1 + (fault == "second process"))]
+        if fault == "SIGKILL":
+            time.sleep(rng.uniform(0, seconds))
+            for rank in rng.permutation(case[1]):       # one first; then, as torchrun does, others
+                runs[0][rank].kill()
+        list(map(wait, runs))
+
+    codes, text = wait(launch(root, "trial", case)), (root / "said").read_text()
+    step = max(map(int, re.findall(r"resuming after step (\d+)", text)), default=0)
+    ours = re.search(r'(train|data)\.py", line', text)       # in a traceback
+    if any(codes) or ours or SAID[fault] not in text:
+        return f"{codes}: {text}", step
+    with contextlib.suppress(AssertionError):
+        assert same_result(root / "trial", root / str(case))
+        return None, step
+    return "the result is another one", step
+
+
+def launch(root, name, case, fault=None):
+    """Fork the processes of a run, on a full disk or not; what they print goes to root/said."""
+    source, world = case
+    flags = eight_steps(source, root, root / name, "--checkpoint-minutes", "0", "--workers", "2")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]),
+                       "WORLD_SIZE": str(world)}
+
+    def run(rank):
+        for stream in (1, 2):
+            os.dup2(os.open(root / "said", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.environ["RANK"], train.RANK, train.WORLD = str(rank), rank, world
+        if fault == "full disk":        # no file may grow beyond this, less than a checkpoint
+            import resource
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, 2**18))
+        train.main(flags)
+
+    fork = torch.multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def wait(processes):
+    return [process.join() or process.exitcode for process in processes]

@@ -1,0 +1,120 @@
+"""Tables of finished runs, as Markdown.
+
+    python -m tools.report runs results
+"""
+import csv
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from data import FOLDERS, printable
+from senetv2 import GATES
+from train import SETTINGS, completed, defaults
+
+
+NARROW, SENETV2 = "senet r=32", "senetv2 r=32 K=4 (= senet r=8)"
+PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the paper's own recipe
+    ("cifar100", "3,4,6,3"): {"resnet": 61.72, NARROW: 62.26, SENETV2: 63.52},
+    ("cifar10", "1,1,1,1"): {"resnet": 77.38, NARROW: 77.79, SENETV2: 78.60},
+}
+NETWORK = ("model", "reduction", "cardinality", "residual", "zero_init", "seed")    # of one table
+ZERO_INIT = " zero-init"        # ends the names of networks that start so
+COLOURS = "grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink", "black"
+# Student's t: half of a two-sided 95% interval, in standard errors, for 2 to 10 runs.
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def run_report(args, settings, device):
+    """Print, as Markdown, a table and a chart for all finished runs that differ in NETWORK alone.
+
+    If two runs have all settings alike (a copy, or code that was edited), the first one counts.
+    """
+    tables, left_out = {}, []
+    for path in [path for root in args.report for path in sorted(Path(root).rglob("config.json"))]:
+        try:
+            run = json.loads(path.read_text())
+            settings = completed(run["settings"])
+            rows = csv.DictReader(path.with_name("metrics.csv").read_text().splitlines())
+            run["top1"] = [float(row["top1"]) for row in rows]
+            if len(run["top1"]) < settings["epochs"]:
+                raise ValueError(f"{len(run['top1'])} of {settings['epochs']} epochs")
+        except (ValueError, KeyError, TypeError, OSError) as reason:
+            left_out.append(f"- {printable(str(path.parent))}: {reason}")
+            continue
+
+        shared = tuple((key, settings[key]) for key in SETTINGS if key not in NETWORK)
+        seeds = tables.setdefault(shared, {}).setdefault(label(settings), {})
+        first = seeds.setdefault(settings["seed"], run)["top1"][-1]
+        if run["top1"][-1] != first:
+            left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%; the "
+                            f"table uses another run with the same settings ({first:.2f}%)")
+    if not tables and not left_out:
+        raise ValueError(f"no runs in {', '.join(args.report)}; train first")
+    for shared, networks in tables.items():
+        print_results(dict(shared), networks)
+    print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
+
+
+def label(settings):
+    """The row's name in a table: the network, and the width of its gate."""
+    name, r, k = settings["model"], settings["reduction"], settings["cardinality"]
+    if name in GATES:
+        name += f" r={r}" + f" K={k}" * (name != "senet") + " residual" * settings["residual"]
+    name = SENETV2 if name + " (= senet r=8)" == SENETV2 else name
+    return name + ZERO_INIT * settings["zero_init"]
+
+
+def print_results(shared, networks):
+    """The table and the chart of one comparison: networks -> seeds -> what run_report has read."""
+    size, usual = shared["train_images"], defaults(shared["recipe"], shared["dataset"])
+    print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, "
+          f"{shared['epochs']} epoch{'s' * (shared['epochs'] > 1)}, layers {shared['layers']}\n\n"
+          + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual[key]
+                      or key in ("recipe", "optimizer", "lr", "batch_size", "stem")
+                      or key == "images_per_class" and shared["dataset"] in FOLDERS) + ".\n")
+    starts = any(name.endswith(ZERO_INIT) for name in networks)
+    print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 | "
+          + "minus the same without zero-init | " * starts
+          + "in the paper |\n" + "|---" * (7 + starts) + "|")
+
+    ordered = sorted(networks, key=lambda name: [*networks[name].values()][0]["parameters"])
+    top1 = {name: {seed: run["top1"][-1] for seed, run in networks[name].items()}
+            for name in ordered}
+    paper = {} if size else PAPER_TOP1.get((shared["dataset"], shared["layers"]), {})
+    for name, seeds in top1.items():
+        count, values = [*networks[name].values()][0]["parameters"], seeds.values()
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        start = ZERO_INIT * name.endswith(ZERO_INIT)    # compare with networks of the same start
+        bases = ["resnet" + start, NARROW + start] + [name.removesuffix(ZERO_INIT)] * starts
+        print(f"| {name} | {count:,} | {len(seeds)} | {statistics.fmean(values):.2f}{spread} | "
+              + " | ".join(difference(top1, name, base) for base in bases)
+              + f" | {format(paper[name], '.2f') if name in paper else '-'} |")
+    machines = sorted({f"{run['device']}, torch {run['torch']}"
+                       + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1)
+                       for seeds in networks.values() for run in seeds.values()})
+    print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
+          f"by seed, mean [95% confidence interval]. Ran on: {'; '.join(machines)}.")
+
+    if not sys.stdout.isatty():         # a chart that GitHub draws
+        theme = {"themeVariables": {"xyChart": {"plotColorPalette": ",".join(COLOURS)}}}
+        print(f"\n```mermaid\n%%{{init: {json.dumps(theme)}}}%%\nxychart-beta\n"
+              f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"\n'
+              f'    x-axis "epoch" 1 --> {shared["epochs"]}\n    y-axis "top-1 (%)"')
+        for name in ordered:
+            means = map(statistics.fmean, zip(*(run["top1"] for run in networks[name].values())))
+            print(f"    line [{', '.join(f'{mean:.2f}' for mean in means)}]")
+        print("```\n\nLines: " + "; ".join(map(" ".join, zip(ordered, COLOURS))) + ".")
+
+
+def difference(top1, name, base):
+    """`name` minus `base` over their common seeds: the mean and its 95% interval, in words."""
+    gaps = [top1[name][seed] - top1[base][seed] for seed in top1[name]
+            if seed in top1.get(base, {}) and name != base
+            and (base == "resnet" or name.split()[0] != "resnet")]
+    if len(gaps) < 2:
+        return f"{gaps[0]:+.2f}" if gaps else "-"
+    mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
+    half = T95[min(len(gaps) - 2, len(T95) - 1)] * error        # of more than 10, a little too wide
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
