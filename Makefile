@@ -65,38 +65,38 @@ train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|f
 	$(TRAIN)$(FLAGS)
 
 evaluate: $(READY)  ## loss, top-1, top-5, each class: CHECKPOINT=... or the variables of train
-	$(PYTHON) train.py --evaluate$(call flags,CHECKPOINT)$(FLAGS)
+	$(PYTHON) -m tools.evaluate$(call flags,CHECKPOINT)$(FLAGS)
 
 predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=runs/NAME
 	$(if $(call typed,IMAGE),,$(error predict needs IMAGE=file))$\
-	$(PYTHON) train.py --predict $(call quoted,$(IMAGE))$(call flags,CHECKPOINT)$(FLAGS)
+	$(PYTHON) -m tools.predict$(call flags,IMAGE CHECKPOINT)$(FLAGS)
 
 look: $(READY)  ## draw images before and after augmentation: DATASET= DATA_DIR=
 	$(PYTHON) data.py$(call flags,$(DATA))
 
 table: $(READY)  ## parameters and multiply-adds beside the paper's
-	$(PYTHON) senetv2.py$(ARGUMENTS)
+	$(PYTHON) -m tools.table$(ARGUMENTS)
 
 test: $(READY)  ## check every claim of README, docs and docstrings
 	$(PYTHON) -m pytest -q -rs$(ARGUMENTS)
 
 bench: $(READY)  ## measure training, loading and the gates: STEM= LAYERS= BATCH_SIZE= DATASET= ...
-	$(PYTHON) test_senetv2.py bench$(FLAGS)
+	$(PYTHON) -m tools.bench$(FLAGS)
 
 faults: $(READY)  ## kill 100 runs at random moments, see that none is lost: ARGS='--trials 20'
-	$(PYTHON) test_senetv2.py faults$(ARGUMENTS)
+	$(PYTHON) -m tools.faults$(ARGUMENTS)
 
 pictures: $(READY)  ## redraw the README's pictures
 	$(TRAIN)
-	$(PYTHON) train.py --evaluate
+	$(PYTHON) -m tools.evaluate
 	$(PYTHON) data.py --out assets/shapes.png
 	cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png
 
 report: $(READY)  ## tables of all runs in runs/ and results/
-	@$(PYTHON) train.py --report runs results
+	@$(PYTHON) -m tools.report runs results
 
 results: $(READY)  ## write results/README.md from results/about.md and the raw files
-	{ cat results/about.md && $(PYTHON) train.py --report results; } > results/README.tmp
+	{ cat results/about.md && $(PYTHON) -m tools.report results; } > results/README.tmp
 	mv results/README.tmp results/README.md
 
 paper: $(READY)  ## the paper's tables: no gate and r = 32, 16, 8: SEEDS= DATASET= LAYERS= EPOCHS= ...
@@ -122,7 +122,7 @@ experiment6: $(READY)  ## gates over a network that starts well, or as usual, CI
 	  "senetv2 --zero-init")
 
 clean:  ## remove .venv and caches; runs and data stay
-	rm -rf .venv .pytest_cache __pycache__
+	rm -rf .venv .pytest_cache __pycache__ tools/__pycache__ tests/__pycache__
 
 .venv/ready: requirements.txt
 	@echo "installing requirements.txt into .venv: minutes and several GB, this once"

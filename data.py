@@ -14,10 +14,18 @@ batches of one: the batch of a step is a pure function of (seed, epoch, step).  
 drawn on the CPU, from seeds made of (seed, epoch): the order of the images, and the crop and the
 flip of each.  Every process takes its share of the batch.
 
+Why shuffle?  A step follows the gradient of its batch, so a batch should look like the whole set:
+sorted by class, the network would learn one class and forget the last.  Why augment?  A shifted or
+mirrored cat is a cat; a network that sees each image a little differently in each epoch cannot
+learn pixels by heart.  Test images are not augmented: we ask about them as they are.
+
 The paper does not say how it augments.  We do what is usual.  CIFAR and shapes are padded by 4
 zeros per side, cropped back and flipped (arXiv 1512.03385, section 4.2).  Images of folders are
-cropped at random to 8-100% of their area, resized and flipped.  Test images are not augmented.
+cropped at random to 8-100% of their area, resized and flipped.
 An incomplete last batch is not trained on.
+
+Read down to "Sets in memory".  The later sections, on the shapes, CIFAR and folders of images, are
+for those who want to know how their images are read.
 
     python data.py                                          draw a contact sheet of shapes
     python data.py --dataset cifar10 --data-dir data        the same of CIFAR-10
@@ -58,7 +66,10 @@ STATISTICS["folder"] = STATISTICS["imagenet"]       # close enough for any photo
 
 
 class Normalise:
-    """uint8 (B, 3, H, W) -> float32, each colour with mean 0 and deviation 1 over the data set."""
+    """uint8 (B, 3, H, W) -> float32, each colour with mean 0 and deviation 1 over the data set.
+
+    The first weights are drawn for inputs of about that size, and all colours start with equal say.
+    """
 
     def __init__(self, dataset, device="cpu"):
         self.mean, self.std = (255 * torch.tensor(values, device=device)[:, None, None]
@@ -93,47 +104,57 @@ class Images:
 
     classes       the names of the classes.
     labels        int64 (N,), of all images; the first train_size of them are for training.
-    content       bytes and arrays that identify what was loaded; a digest of them is in
-                  .identity, because a run must not go on with other images.
+    content       bytes and arrays that identify what was loaded; .digest is made of them, because
+                  a run must not go on with other images.
     batch_size    images per training step in all processes together.
     rank, world   this process and the number of processes; each takes its share of every batch.
 
-    A subclass has load(epoch, parts): for each array of numbers in `parts` it yields the images,
-    uint8 (B, 3, H, W), as augmented in `epoch` or, if that is None, plain; and the labels.
+    A subclass has gather(epoch, batches): for each array of image numbers in `batches` it yields
+    the images, uint8 (B, 3, H, W), as augmented in `epoch` or, if that is None, plain; and the
+    labels, (B,).
     """
 
     left_out = {}       # in folders: ending -> the number of files that are no images by it
+    files = None        # in folders: a digest of all files, also of those that are not used
 
     def __init__(self, dataset, classes, labels, train_size, content, *,
                  device, batch_size, seed, augment, rank, world):
         self.classes, self.labels, self.train_size = classes, labels, train_size
         self.test_size, self.steps = len(labels) - train_size, train_size // batch_size
-        digest = hashlib.sha256(b"".join([*map(os.fsencode, classes), *content])).hexdigest()[:16]
-        self.identity = (f"{train_size:,} + {self.test_size:,} images of {len(classes)} classes, "
-                         f"digest {digest}")
+        self.digest = (f"{train_size:,} + {self.test_size:,} images of {len(classes)} classes, "
+                       f"digest {digest_of([*map(os.fsencode, classes), *content])}")
         self.device, self.batch_size, self.seed = torch.device(device), batch_size, seed
         self.augment, self.rank, self.world = augment, rank, world
         self.normalise = Normalise(dataset, device)
 
     def train_batches(self, epoch, first_step=0):
         """Yield this process's share of each batch: float32 (B, 3, H, W) and labels (B,)."""
+        # Shuffle, cut into batches, and skip those that were trained on before a run was killed.
         order = np.random.default_rng([self.seed, epoch, ORDER]).permutation(self.train_size)
-        shape = self.steps, self.world, self.batch_size // self.world
-        parts = order[:math.prod(shape)].reshape(shape)[first_step:, self.rank]
-        for images, labels in self.load(epoch if self.augment else None, parts):
+        batches = order[:self.steps * self.batch_size].reshape(self.steps, self.batch_size)
+        batches = batches[first_step:]
+
+        # With two processes and a batch of 8, the first takes images 0 to 3 of it.
+        share = self.batch_size // self.world
+        batches = batches[:, self.rank * share:(self.rank + 1) * share]
+        for images, labels in self.gather(epoch if self.augment else None, batches):
             yield self.normalise(images), labels
 
     def test_batches(self):
         """Yield this process's share of the test images, each exactly once and not augmented."""
         numbers = np.arange(self.train_size, len(self.labels))
-        parts = [numbers[start + self.rank:start + self.batch_size:self.world]
-                 for start in range(0, self.test_size, self.batch_size)]
-        for images, labels in self.load(None, parts):       # as many batches in every process
+        batches = [numbers[start + self.rank:start + self.batch_size:self.world]
+                   for start in range(0, self.test_size, self.batch_size)]
+        for images, labels in self.gather(None, batches):   # as many batches in every process
             yield self.normalise(images), labels
 
     def view(self, index, epoch=None):
         """Images `index`, uint8 (n, 3, H, W): as augmented in `epoch`, or as they are."""
-        return next(iter(self.load(epoch, [np.asarray(index)])))[0]
+        return next(iter(self.gather(epoch, [np.asarray(index)])))[0]
+
+
+def digest_of(content):
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------- Sets in memory
@@ -152,16 +173,17 @@ class InMemory(Images):
         content = [tensor.numpy() for tensor in (*train, *test)]
         super().__init__(dataset, classes, labels, len(train[1]), content, device=device, **options)
 
-        # A view (2, N, 3, 9, 9, H, W) of the padded images and their mirror images holds all crops:
-        # to crop and flip a batch is to index it once.
+        # A view (2, N, 3, 9, 9, H, W) of the padded images and their mirror images holds all crops.
+        # In one dimension: of 1 2 3, padded by one zero, unfold makes the rows 0 1 2, 1 2 3 and
+        # 2 3 0, which share their memory.  So to crop and flip a batch is to index this view once.
         padded = F.pad(torch.cat([train[0], test[0]]).to(device), (PAD,) * 4)
         both = torch.stack([padded, padded.flip(3)])
         self.windows = both.unfold(3, train[0].shape[2], 1).unfold(4, train[0].shape[3], 1)
 
-    def load(self, epoch, parts):
+    def gather(self, epoch, batches):
         draws = torch.from_numpy(self._draws(epoch)).to(self.device)
-        numbers = torch.from_numpy(np.concatenate([[], *parts]).astype(int)).to(self.device)
-        for index in numbers.split([len(part) for part in parts]):
+        numbers = torch.from_numpy(np.concatenate([[], *batches]).astype(int)).to(self.device)
+        for index in numbers.split([len(batch) for batch in batches]):
             flip, top, left = draws[:, index]                               # each (B,)
             # separated indices put B first
             yield self.windows[flip, index, :, top, left], self.labels[index]
@@ -274,8 +296,12 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+class ImageError(ValueError):
+    """An image that cannot be read."""
+
+
 def read_image(path):
-    """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ValueError, in one line."""
+    """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ImageError, in one line."""
     try:
         with Image.open(path) as image:                 # of an animation, the first picture
             image = ImageOps.exif_transpose(image)
@@ -283,10 +309,10 @@ def read_image(path):
                 image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
             return v2.functional.pil_to_tensor(image.convert("RGB"))
     except FileNotFoundError:
-        raise ValueError(f"{printable(str(path))} is not found") from None
+        raise ImageError(f"{printable(str(path))} is not found") from None
     except Exception as error:      # a broken file can make a decoder raise whatever it likes
-        raise ValueError(f"{printable(str(path))} cannot be decoded as an image "
-                         f"({printable(str(error))}); replace or remove it") from None
+        raise ImageError(f"{printable(str(path))} cannot be decoded as an image "
+                         f"({printable(str(error))})") from None
 
 
 def centre(size):
@@ -324,10 +350,10 @@ class ImageFiles(Dataset):
         epoch, index = key
         images = torch.empty(len(index), 3, self.size, self.size, dtype=torch.uint8)
         crop = self.plain if epoch is None else self.augmented
-        for place, i in zip(images, index):
+        for image, i in zip(images, index):
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(mix(self.seed, epoch or 0, i))
-                place.copy_(crop(read_image(os.fsdecode(self.paths[i]))))
+                image.copy_(crop(read_image(os.fsdecode(self.paths[i]))))
         return images, torch.from_numpy(self.labels[index])
 
 
@@ -342,6 +368,11 @@ class Folder(Images):
             raise ValueError(f"train/ and val/ under {root} hold different classes; only in one of "
                              f"them: {printable(', '.join(different[:5]))}")
 
+        # Names and sizes identify a folder: one that only moved stays the same.
+        lines = {path: b"%s %d\n" % (os.path.relpath(path, os.fsencode(root)), size_of(path))
+                 for path in (*paths, *test_paths)}
+        self.files = digest_of(lines.values())
+
         if images_per_class:
             kept = first_of_each_class(paths, labels, images_per_class, seed)
             paths, labels = paths[kept], labels[kept]
@@ -349,10 +380,7 @@ class Folder(Images):
         paths, labels = paths[kept], labels[kept]
 
         paths = np.concatenate([paths, test_paths])
-        # Names and sizes identify a folder: one that only moved stays the same.
-        content = (b"%s %d\n" % (os.path.relpath(path, os.fsencode(root)), size_of(path))
-                   for path in paths)
-        both = np.concatenate([labels, test_labels])
+        both, content = np.concatenate([labels, test_labels]), [lines[path] for path in paths]
         super().__init__("folder", classes, torch.from_numpy(both), len(labels), content,
                          seed=seed, **options)
         self.left_out = dict(left_out)
@@ -365,8 +393,8 @@ class Folder(Images):
             num_workers=workers, persistent_workers=workers > 0, worker_init_fn=ignore_ctrl_c,
             pin_memory=self.device.type == "cuda")
 
-    def load(self, epoch, parts):
-        self.keys[:] = [(epoch, part) for part in parts]
+    def gather(self, epoch, batches):
+        self.keys[:] = [(epoch, batch) for batch in batches]
         for images, labels in self.loader:          # uint8 travels: a quarter of float32
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
@@ -396,15 +424,15 @@ def list_images(root, split, left_out):
         return True
 
     try:
-        place = folder if os.path.isdir(folder) else root
-        inside = sorted(os.scandir(place), key=lambda entry: entry.name)
+        looked = folder if os.path.isdir(folder) else root
+        inside = sorted(os.scandir(looked), key=lambda entry: entry.name)
         classes = [entry.name for entry in inside if entry.is_dir() and entry.name[0] != "."]
-        if place == folder and classes:
+        if looked == folder and classes:
             samples = datasets.folder.make_dataset(
                 folder, {name: label for label, name in enumerate(classes)}, is_valid_file=is_image)
             paths, labels = zip(*samples)
             return classes, np.array([os.fsencode(path) for path in paths]), np.array(labels)
-        problem = (f"{place} holds {len(classes)} folders {classes[:3]} and "
+        problem = (f"{looked} holds {len(classes)} folders {classes[:3]} and "
                    f"{len(inside) - len(classes):,} files")
     except FileNotFoundError as error:          # no such root, or a class without images
         problem = str(error) + f", files left out, by ending: {dict(left_out)}" * bool(left_out)

@@ -1,5 +1,9 @@
 """Chapter 1: the network.  A gate looks at the whole image and turns channels down.
 
+A convolutional network describes an image by feature maps: at each place, C numbers (the channels),
+each of which answers to some pattern.  A convolution sees a small neighbourhood.  The gate averages
+each channel over the whole image, and decides from these averages how much of each channel to keep.
+
 For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 
     squeeze    z = mean of x over H and W                            (B, C)
@@ -11,24 +15,25 @@ For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 The K hidden layers of SENetV2 all read the same z, and a ReLU works on each number alone.  So we
 can stack their matrices W11..W1K and get one layer with the same output: SENetV2 with r = 32 and
 K = 4 *is* SENet with r = 8, in function, in parameters and in training.  That one layer is what we
-run; a test builds the K layers apart, as the paper draws them, and compares.
+run.  LiteralBranches has the K layers apart, as the paper draws them; a test compares the two.
+
+Reading order: the gates and the network, then data.py.  On a first reading, skip what follows:
+networks to compare with, and weights from elsewhere.
 
 Papers: SENetV2 (arXiv 2311.10807), SENet (arXiv 1709.01507), ResNet (arXiv 1512.03385).
 Where we differ: the text and the figure of SENetV2 say y = x * s, but its released Keras code
 returns x + x * s.  We follow the text; residual=True follows the code.  As in that code, the dense
 layers have biases and C/r is rounded down.
 
-    python senetv2.py                     the table: parameters and multiply-adds beside the paper's
-    python senetv2.py --image-size 224    the same for another image size
+    python -m tools.table                 parameters and multiply-adds beside the paper's
 """
 import argparse
-import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import Bottleneck, ResNet
 
 # ---------------------------------------------------------------------------------------- The gates
@@ -47,11 +52,11 @@ class SqueezeExcitation(nn.Module):
 
     def __init__(self, channels, reduction=32, *, residual=False, cardinality=1):
         super().__init__()
-        if not 1 <= reduction <= channels:
-            raise ValueError(f"reduction is {reduction}; it must be between 1 and the number of "
-                             f"channels, {channels}")
-        if cardinality < 1:
-            raise ValueError(f"cardinality is {cardinality}; it must be 1 or more")
+        if not (isinstance(reduction, int) and 1 <= reduction <= channels):
+            raise ValueError(f"reduction is {reduction}; it must be a whole number between 1 and "
+                             f"the number of channels, {channels}")
+        if not (isinstance(cardinality, int) and cardinality >= 1):
+            raise ValueError(f"cardinality is {cardinality}; it must be a whole number, 1 or more")
 
         width = cardinality * (channels // reduction)
         self.reduce = nn.Linear(channels, width)                # W1, or W11..W1K stacked
@@ -77,15 +82,32 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
     """The gate of SENetV2 (arXiv 2311.10807, section 3): K hidden layers, run as one wide layer.
 
     So it is SqueezeExcitation with another default, K = 4; arguments, shapes and errors are alike.
-
-    The wide layer also starts from the distribution of the K layers: nn.Linear's range depends on
-    the number of inputs alone, and that is C for the wide layer and for the narrow ones.
-    (Keras counts inputs plus outputs, so there the K layers start 4% larger than one: with r = 32
-    and K = 4, the square root of (1 + 1/8) / (1 + 1/32).)
+    Its weights also start alike: the range of nn.Linear's first weights depends on the number of
+    inputs, which is C for one wide layer and for K narrow ones.
     """
 
     def __init__(self, channels, reduction=32, *, cardinality=4, residual=False):
         super().__init__(channels, reduction, residual=residual, cardinality=cardinality)
+
+
+class LiteralBranches(nn.Module):
+    """The same gate as the paper draws it: K hidden layers, a ReLU on each, a concatenation.
+
+    Nothing uses it but the test that compares it with the wide layer, and the speed measurement.
+    """
+
+    def __init__(self, channels, reduction=32, cardinality=4):
+        super().__init__()
+        width = channels // reduction
+        self.branches = nn.ModuleList(nn.Linear(channels, width) for _ in range(cardinality))
+        self.expand = nn.Linear(cardinality * width, channels)
+
+    def excite(self, z):                                        # (B, C) -> (B, C, 1, 1)
+        u = torch.cat([F.relu(branch(z)) for branch in self.branches], dim=1)   # (B, K*C/r)
+        return torch.sigmoid(self.expand(u))[..., None, None]
+
+    def forward(self, x):                                       # (B, C, H, W), the same again
+        return x * self.excite(x.mean((2, 3)))
 
 
 # -------------------------------------------------------------------------------------- The network
@@ -93,10 +115,7 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
 # To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  It is made with
 # the number of channels and, by name, reduction, cardinality and residual.  If it counts, draws or
 # decides anything in Python, train it with --no-cuda-graph: on a GPU, kernels alone are replayed.
-GATES = {
-    "senet": lambda channels, cardinality, **settings: SqueezeExcitation(channels, **settings),
-    "senetv2": AggregatedSqueezeExcitation,
-}
+GATES = {"senet": SqueezeExcitation, "senetv2": AggregatedSqueezeExcitation}
 OURS = ("resnet", *GATES)
 PEERS = ("mobilenet_v2", "efficientnet_b0", "resnext50_32x4d", "convnext_tiny", "vit")
 STEMS = ("imagenet", "cifar")
@@ -109,17 +128,29 @@ class GatedBottleneck(Bottleneck):
     """
 
     def forward(self, x):                                       # (B, inplanes, H, W)
-        identity = x if self.downsample is None else self.downsample(x)
+        shortcut = x if self.downsample is None else self.downsample(x)
         out = self.relu(self.bn1(self.conv1(x)))                # 1x1 -> (B, planes, H, W)
         out = self.relu(self.bn2(self.conv2(out)))              # 3x3 -> (B, planes, H', W')
         out = self.bn3(self.conv3(out))                         # 1x1 -> (B, 4*planes, H', W')
         out = self.gate(out)                                    # out * s
-        return self.relu(out + identity)
+        return self.relu(out + shortcut)
 
 
 def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", reduction=32,
                 cardinality=4, residual=False, image_size=32, zero_init=False, **options):
     """A network that maps images (B, 3, H, W) to logits (B, num_classes).
+
+    A logit is a score: the larger, the more likely the class.  The whole network, with
+    layers=(3, 4, 6, 3), the ImageNet stem, and images of 224x224 pixels (of 32x32):
+
+        conv1, bn1, relu    7x7, stride 2           (B, 64, 112, 112)       (B, 64, 16, 16)
+        maxpool             3x3, stride 2           (B, 64, 56, 56)         (B, 64, 8, 8)
+        layer1              3 bottlenecks           (B, 256, 56, 56)        (B, 256, 8, 8)
+        layer2              4, the first stride 2   (B, 512, 28, 28)        (B, 512, 4, 4)
+        layer3              6, the first stride 2   (B, 1024, 14, 14)       (B, 1024, 2, 2)
+        layer4              3, the first stride 2   (B, 2048, 7, 7)         (B, 2048, 1, 1)
+        avgpool             mean over H and W       (B, 2048)               (B, 2048)
+        fc                  one dense layer         (B, num_classes)        (B, num_classes)
 
     name       resnet, senet or senetv2; or a peer, which uses only num_classes and options.
     layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small one.
@@ -153,15 +184,16 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
 
+    settings = dict(reduction=reduction, residual=residual)
+    if name != "senet":                                         # senet has one hidden layer
+        settings["cardinality"] = cardinality
     for module in model.modules():
         if isinstance(module, GatedBottleneck):
-            channels = module.conv3.out_channels
-            module.gate = GATES[name](channels, reduction=reduction, cardinality=cardinality,
-                                      residual=residual)
+            module.gate = GATES[name](module.conv3.out_channels, **settings)
     return model
 
 
-# ---------------------------------------------------------------------------------------- The peers
+# ------------------------------------- Networks to compare with (a first reading may skip the rest)
 
 
 def build_peer(name, num_classes, image_size, **options):
@@ -186,6 +218,81 @@ def build_peer(name, num_classes, image_size, **options):
     raise ValueError(f"unknown model {name!r}; give one of {', '.join(OURS + PEERS)}")
 
 
-# ---------------------------------------------------------------------------------------- The table
+# --------------------------------------------------------------------------- Weights from elsewhere
 
 
+def load_weights(net, source, name):
+    """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a line about it.
+
+    source    "imagenet": torchvision's weights of network `name`, or of its trunk.  Or a file of
+              any program, or a run's folder.  A file may hold several dicts of tensors, and the
+              names may begin with a prefix such as "module.".  We take the dict and the prefix with
+              which most tensors fit; on a tie, the first of them.
+
+    Raises ValueError or FileNotFoundError, in one line, for what cannot be read or does not fit.
+    """
+    own = net.state_dict()
+
+    def fitting(place, prefix, tensors):
+        return {key: tensors[prefix + key] for key in own
+                if prefix + key in tensors and tensors[prefix + key].shape == own[key].shape}
+
+    # The name "a.b.weight" may begin with the prefix "", "a." or "a.b.".
+    choices = [(place, prefix, tensors)
+               for place, tensors in tensor_dicts(read_weights(source, name))
+               for prefix in dict.fromkeys(key[:end] for key in tensors
+                                           for end, last in enumerate("." + key) if last == ".")]
+    place, prefix, tensors = best = max(choices, key=lambda choice: len(fitting(*choice)),
+                                        default=("", "", {}))
+    if not (taken := fitting(*best)):
+        raise ValueError(f"no tensor of {source} has a name and shape of {name}'s; give the "
+                         "weights of a similar network")
+    net.load_state_dict(taken, strict=False)
+
+    new = [key for key in own if key not in taken]
+    unused = [key for key in (key.removeprefix(prefix) for key in tensors) if key not in taken]
+    return (f"weights: {len(taken)} tensors taken from {source}" + f", {place}" * bool(place)
+            + f", names after {prefix}" * bool(prefix)
+            + f"; new: {len(new)} {new[:3]}; unused: {len(unused)} {unused[:3]}")
+
+
+def tensor_dicts(content, place=""):
+    """Yield (place, dict) for each dict in a checkpoint that holds tensors by name."""
+    if isinstance(content, dict):
+        tensors = {key: value for key, value in content.items()
+                   if isinstance(key, str) and torch.is_tensor(value)}
+        if tensors:
+            yield place, tensors
+        for key, value in content.items():
+            yield from tensor_dicts(value, f"{place}[{key!r}]")
+
+
+def read_weights(source, name):
+    """What a file of weights holds, or torchvision's weights of a network."""
+    path = Path(source, "last.pt") if Path(source).is_dir() else Path(source)
+    problem = f"{path} holds no weights that can be read"
+    advice = "give a file made by torch.save(net.state_dict(), path), not a whole pickled network"
+    if source == "imagenet" and name == "vit":
+        raise ValueError("torchvision has no weights of vit in this size; leave --weights out")
+    try:
+        if source == "imagenet":
+            trunk = "resnet50" if name in OURS else name
+            problem, advice = (f"torchvision's weights of {trunk} are not on this disk and cannot "
+                               "be downloaded", "leave --weights out, or give a file")
+            weights = torchvision.models.get_model_weights(trunk).DEFAULT
+            return weights.get_state_dict(check_hash=True)
+        if path.suffix == ".safetensors":
+            advice = "install the package safetensors, or give a file of another kind"
+
+            from safetensors.torch import load_file
+            return load_file(path)
+
+        # torchvision's own training script stores its command line beside the weights
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)      # cannot run code
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}; --weights takes imagenet, a file, or "
+                                "the folder of a run") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{problem} ({type(error).__name__}: {reason}); {advice}") from None

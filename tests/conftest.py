@@ -1,40 +1,26 @@
-"""conftest"""
-import argparse
-import ast
+"""What the tests share beside what test_senetv2.py has."""
 import contextlib
-import copy
-import csv
-import functools
-import hashlib
 import json
-import math
 import os
-import pickle
-import re
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
-from PIL import Image
-from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.transforms import v2
 
 import data
-import senetv2
 import train
-from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
-from tests.conftest import *
+from test_senetv2 import (  # noqa
+    HERE,
+    on_the_cpu,
+    same_start,
+    save_image,
+    shapes_drawn_once,
+    whole,
+)
 
 
 @pytest.fixture
@@ -107,17 +93,17 @@ QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2",        
          "--device", "cpu"]
 
 
-def complaint(capsys, *flags):
-    """The one line with which train.py refuses these flags."""
+def complaint(capsys, *flags, main=train.main):
+    """The one line with which train.py, or a tool, refuses these flags."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        train.main([str(flag) for flag in flags])
+        main([str(flag) for flag in flags])
     text = capsys.readouterr().err
     assert stop.value.code not in (0, None) and text.count("\n") == 1, text
     return text
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a run of two short epochs; what the command line said lies beside it."""
     out = tmp_path_factory.mktemp("finished") / "run"

@@ -1,40 +1,19 @@
-"""test_data"""
-import argparse
-import ast
-import contextlib
-import copy
-import csv
+"""Sets in memory: shapes and CIFAR, order and augmentation, what several processes see."""
 import functools
-import hashlib
-import json
 import math
-import os
 import pickle
-import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
-from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import data
-import senetv2
-import train
-from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
-from tests.conftest import *
+from senetv2 import build_model
+from test_senetv2 import SMALL, assert_equal, in_memory, joined, numbered, save_image
+from tests.conftest import add_image, load_folder, no_network
 
 
 def test_processes_share_each_batch_and_some_get_an_empty_one(folder):
@@ -109,7 +88,7 @@ def test_another_pixel_label_or_class_is_another_set_in_memory():
                  ((4, (3, 32, 32)), (4, ()), (2, (3, 32, 32)), (2, ()), (5, ()))]
         if changed is not None:
             parts[changed].view(-1)[-1] = 1
-        return in_memory(parts[:2], parts[2:4], str(parts[4].tolist()), batch_size=2).identity
+        return in_memory(parts[:2], parts[2:4], str(parts[4].tolist()), batch_size=2).digest
 
     assert identity() == identity()
     assert len({identity(changed) for changed in (None, 0, 1, 2, 3, 4)}) == 6

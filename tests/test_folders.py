@@ -1,40 +1,29 @@
-"""test_folders"""
-import argparse
-import ast
-import contextlib
-import copy
-import csv
-import functools
+"""Folders of images as other people and programs leave them."""
 import hashlib
-import json
-import math
 import os
-import pickle
 import re
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import data
-import senetv2
 import train
-from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
-from tests.conftest import *
+from test_senetv2 import assert_equal, joined
+from tests.conftest import (
+    add_image,
+    complaint,
+    end_workers,
+    folder_flags,
+    load_folder,
+    passes,
+    rename_class,
+)
 
 
 def test_images_of_every_kind_are_read_as_they_look(tmp_path):
@@ -71,7 +60,7 @@ def test_a_folder_takes_what_imagefolder_takes_but_nothing_hidden(folder, capsys
         (folder / place / ".DS_Store").touch()
     (folder / "val/list.csv").touch()
     assert_equal(passes(load_folder(folder)), passes(before))
-    assert load_folder(folder).identity == before.identity and load_folder(folder).left_out == {}
+    assert load_folder(folder).digest == before.digest and load_folder(folder).left_out == {}
 
     for name in ("a.BMP", "b.tiff", "c.heic", "d.HEIC", "e.txt"):
         shutil.copy(folder / "train/cat/cat_2.JPEG", folder / "train/owl" / name)
@@ -158,12 +147,12 @@ def test_names_that_are_not_utf8_or_would_clear_a_terminal_load_and_are_escaped(
     (lambda root: os.truncate(root / "val/owl/owl_1.JPEG", 10**5), False)])
 def test_another_file_class_or_size_is_another_folder_wherever_it_lies(change, same, folder,
                                                                        monkeypatch):
-    before = load_folder(folder).identity
+    before = load_folder(folder).digest
     change(folder)
     shutil.copytree(folder, folder / "moved")
     monkeypatch.chdir(folder)
     for root in (folder, folder / "moved", "moved"):
-        assert (load_folder(root).identity == before) == same
+        assert (load_folder(root).digest == before) == same
 
 
 @pytest.mark.parametrize("spoil, said", [

@@ -1,40 +1,21 @@
-"""test_network"""
+"""Gates and networks beyond the README's claims, peers, weights from elsewhere."""
 import argparse
-import ast
-import contextlib
-import copy
-import csv
-import functools
-import hashlib
-import json
-import math
-import os
-import pickle
 import re
-import shlex
-import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
-from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-import torchvision
-from PIL import Image
 from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.transforms import v2
+from torchvision.models.resnet import Bottleneck
 
-import data
 import senetv2
 import train
-from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
-from tests.conftest import *
+from senetv2 import OURS, SqueezeExcitation, build_model
+from test_senetv2 import HERE, SMALL, assert_equal
+from tests.conftest import QUICK, complaint
+from tools import evaluate
+
+# what torch says of a hostile file
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 
 
 def test_a_softmax_would_nearly_close_an_undecided_gate():
@@ -86,7 +67,8 @@ def test_peers_are_torchvisions_and_fit_both_image_sizes(name, size):
 
 
 def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
-    code, = [code for code in re.findall(r"^```python\n(.*?)^```", PAGES["README.md"], re.M | re.S)
+    readme = (HERE / "README.md").read_text()
+    code, = [code for code in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
              if "class Constant" in code]
     exec(code, names := {})
     monkeypatch.setitem(senetv2.GATES, "constant", names["Constant"])
@@ -94,7 +76,7 @@ def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", (*OURS, "constant"), "a gate"))
     monkeypatch.setitem(train.USED_BY, "layers", ("constant",))
     train.main([*QUICK[:4], "--epochs", "1", "--model", "constant", "--out", str(tmp_path)])
-    train.main(["--evaluate", "--checkpoint", str(tmp_path)])
+    evaluate.main(["--checkpoint", str(tmp_path)])
     assert "no picture of the gates" in capsys.readouterr().out.splitlines()[-1]
 
     other = nn.Sequential(nn.Conv2d(3, 8, 3), names["Constant"](8))         # in another network
@@ -118,7 +100,7 @@ def test_weights_are_taken_as_they_come_where_name_and_shape_agree(wrapped, fini
     torch.save(wrapped(given), tmp_path / "weights.pth")
     net = build_model("resnet", 3, SMALL)
     before = net.fc.weight.clone()
-    text = train.load_weights(net, tmp_path / "weights.pth", "resnet")
+    text = senetv2.load_weights(net, tmp_path / "weights.pth", "resnet")
 
     same = {key for key in given if "gate" not in key and "fc" not in key}
     assert f"{len(same)} tensors taken" in text and "new: 2 ['fc.weight', 'fc.bias']" in text
@@ -135,7 +117,8 @@ def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
     assert_equal(*(dict(net.named_parameters()) for net in (given, weights)))
 
     torch.save({"step": 3}, tmp_path / "other.pt")
-    for source, said in ((tmp_path / "other.pt", "no tensor of"), (tmp_path / "x", "no checkpoint"),
+    for source, said in ((tmp_path / "other.pt", "no tensor of"),
+                         (tmp_path / "x", "there is no file"),
                          (HERE / "README.md", "holds no weights")):
         assert said in complaint(capsys, *QUICK, "--weights", source, "--out", tmp_path / "else")
 
@@ -143,5 +126,5 @@ def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
 def test_weights_overwrite_the_start_at_0_which_is_said(finished, tmp_path, capsys):
     flags = [*QUICK, "--weights", str(finished), "--lr", "0", "--out", str(tmp_path), "--zero-init"]
     train.main(flags)
-    assert "zero_init: batch norms start from the weights" in capsys.readouterr().out
+    assert "zero_init: batch norms that are among the weights" in capsys.readouterr().out
     assert train.load(tmp_path).layer1[0].bn3.weight.all()

@@ -1,40 +1,22 @@
-"""test_pages"""
-import argparse
+"""The Makefile, the pages, and the form of the scripts."""
 import ast
-import contextlib
-import copy
-import csv
-import functools
-import hashlib
 import json
-import math
-import os
-import pickle
 import re
 import shlex
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from PIL import Image
-from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.transforms import v2
 
-import data
-import senetv2
 import train
-from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
-from tests.conftest import *
+from senetv2 import AggregatedSqueezeExcitation
+from test_senetv2 import HERE, rows
+from tests.conftest import make
+from tools import report
 
 
 @pytest.mark.parametrize("target, variables", [
@@ -46,8 +28,7 @@ def test_values_with_spaces_and_quotes_arrive_whole(target, variables):
     lines = make("--silent", target, f"PYTHON={show}", *map("=".join, values.items()))
     words = json.loads(lines[-1])
     for name, value in values.items():
-        flag = "--predict" if name == "IMAGE" else "--" + name.lower().replace("_", "-")
-        assert words[words.index(flag) + 1] == value
+        assert words[words.index("--" + name.lower().replace("_", "-")) + 1] == value
 
 
 @pytest.mark.parametrize("words, said", [("predict", "needs IMAGE"),
@@ -99,7 +80,9 @@ def test_pages_name_files_and_tests_that_exist():
         local = [link for pair in links for link in pair if link and "://" not in link]
         assert [link for link in local if not (HERE / page).parent.joinpath(link).exists()] == []
     named = set(re.findall(r"\b(test_\w+_\w+_\w+)\b(?!\.py)", "".join(PAGES.values())))
-    assert len(named) >= 6 and named <= globals().keys()
+    tests = [HERE / "test_senetv2.py", *HERE.glob("tests/*.py")]
+    defined = re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in tests), re.M)
+    assert len(named) >= 6 and named <= set(defined)
 
 
 @pytest.mark.parametrize("code", CODE)
@@ -132,9 +115,9 @@ def test_the_four_lines_of_the_readme_are_the_gate():
 
 def test_the_results_are_what_the_report_prints(monkeypatch, capsys):
     monkeypatch.chdir(HERE)
-    train.main(["--report", "results"])
-    report = Path("results", "about.md").read_text() + capsys.readouterr().out
-    assert PAGES["results/README.md"] == report
+    report.main(["results"])
+    page = Path("results", "about.md").read_text() + capsys.readouterr().out
+    assert PAGES["results/README.md"] == page
 
 
 def test_the_answers_and_the_verdict_follow_from_the_raw_files():
@@ -176,13 +159,18 @@ def test_the_readme_is_short_and_quotes_rows_of_the_results():
     assert quoted and quoted <= {*PAGES["results/README.md"].splitlines()}
 
 
-LONGEST = {"senetv2.py": 20, "data.py": 20, "train.py": 20, Path(__file__).name: 25}
+LONGEST = {"senetv2.py": 20, "data.py": 20, "train.py": 20, "test_senetv2.py": 25}
 
 
-@pytest.mark.parametrize("name", ["senetv2.py", "data.py"])
-def test_the_first_two_scripts_import_none_of_the_others(name):
-    imported = re.findall(r"^\s*(?:import|from) +([\w.]+)", (HERE / name).read_text(), re.M)
-    assert "torch" in imported and not {*imported} & {"senetv2", "data", "train", "test_senetv2"}
+@pytest.mark.parametrize("name, allowed", [
+    ("senetv2.py", set()), ("data.py", set()), ("train.py", {"senetv2", "data"}),
+    ("test_senetv2.py", {"senetv2", "data", "train"}),
+    *[(f"tools/{path.stem}.py", {"senetv2", "data", "train", "test_senetv2"})
+      for path in HERE.glob("tools/[a-z]*.py") if path.stem != "report"]])
+def test_imports_go_down(name, allowed):
+    imported = re.findall(r"^\s*(?:import|from) +(\w+)", (HERE / name).read_text(), re.M)
+    own = {"senetv2", "data", "train", "test_senetv2", "tools", "tests"}
+    assert "torch" in imported and {*imported} & own <= allowed
 
 
 @pytest.mark.parametrize("name", LONGEST)

@@ -1,23 +1,7 @@
-"""test_tools"""
-import argparse
-import ast
-import contextlib
-import copy
-import csv
-import functools
-import hashlib
-import json
+"""Evaluation, prediction, the report and the table of parameters."""
 import math
-import os
-import pickle
-import re
-import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -25,22 +9,22 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import data
-import senetv2
 import train
-from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
-from tests.conftest import *
+from senetv2 import build_model
+from test_senetv2 import HERE, SMALL, parameters, rows, save_image
+from tests.conftest import folder_flags, invent_run
+from tools import evaluate, predict, report, table
 
 
 def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
     net, last = train.load(finished), rows(finished)[1]
     assert net.classes == list(data.SHAPES) and net.settings["batch_size"] == 32
-    train.main(["--evaluate", "--checkpoint", str(finished)])
+    evaluate.main(["--checkpoint", str(finished)])
     lines = capsys.readouterr().out.splitlines()
 
     # The shapes are normalised without the loader, and the network cut by torchvision's tool.
@@ -82,7 +66,7 @@ def test_prediction_names_the_most_likely_classes(source, statistics, side, whol
     paths = [str(tmp_path / f"{number}.png") for number in (0, 1)]
     for path in paths:
         save_image(torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8), path)
-    train.main(["--predict", *paths, "--checkpoint", str(whole / source)])
+    predict.main(["--image", *paths, "--checkpoint", str(whole / source)])
 
     net, lines = train.load(whole / source), []
     oracle = v2.Compose([v2.Resize(side), v2.CenterCrop(32), v2.ToDtype(torch.float32, scale=True),
@@ -109,13 +93,13 @@ def test_one_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, t
     for path in sorted(folder.glob("train/*/*"))[1:]:
         path.unlink()
     place = ["--checkpoint", str(tmp_path), "--data-dir", str(folder), "--workers", "0"]
-    train.main(["--evaluate", *place])
+    evaluate.main([*place])
     printed = capsys.readouterr().out
     assert "3 test images of folder: test_loss" in printed and "top1 100" in printed
     assert "nan" not in printed and "top5" not in printed
     assert not recwarn.list
 
-    train.main(["--predict", str(image), *place])
+    predict.main(["--image", str(image), *place])
     monkeypatch.setattr(sys, "argv", ["data.py", "--dataset", "folder", "--data-dir", str(folder),
                                       "--out", str(tmp_path / "sheet.png")])
     data.main()
@@ -129,7 +113,7 @@ def test_the_report_averages_last_epochs_and_pairs_by_seed(tmp_path, capsys):
             (plain, {}), (gated, dict(model="senetv2", reduction=32, cardinality=4))):
         for number, (seed, top1) in enumerate(values.items()):      # folders in the dict's order
             invent_run(tmp_path / str(len(values)) / str(number), seed, top1, **settings)
-    train.main(["--report", str(tmp_path)])
+    report.main([str(tmp_path)])
     text = capsys.readouterr().out
 
     gaps = [gated[seed] - plain[seed] for seed in plain]
@@ -149,7 +133,7 @@ def test_the_report_compares_networks_of_the_same_start(tmp_path, capsys):
             (72, gate | dict(zero_init=True)), (71.5, dict(model="senet", reduction=32,
                                                            zero_init=True)))):
         invent_run(tmp_path / str(number), 0, top1, **settings)
-    train.main(["--report", str(tmp_path)])
+    report.main([str(tmp_path)])
     lines = [line.split(" | ")[:1] + line.split(" | ")[3:]
              for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert lines == [
@@ -164,16 +148,16 @@ def test_the_report_compares_networks_of_the_same_start(tmp_path, capsys):
 
 
 def test_intervals_are_those_of_students_t():
-    for freedom, t in enumerate(train.T95, start=1):    # 95 % of the density are within t of 0
+    for freedom, t in enumerate(report.T95, start=1):    # 95 % of the density are within t of 0
         x, half = np.linspace(-t, t, 10**5), (freedom + 1) / 2
         density = (1 + x**2 / freedom)**-half * math.gamma(half) / math.gamma(freedom / 2)
         share = density.mean() * 2 * t / math.sqrt(freedom * math.pi)
         assert share == pytest.approx(0.95, abs=5e-5)
 
     ones = {"net": {0: -1.0, 1: 1.0} | dict.fromkeys(range(2, 99), 0.0)}
-    half = train.T95[8] * (2 / 98 / 99)**0.5            # of more than ten runs, a little too wide
+    half = report.T95[8] * (2 / 98 / 99)**0.5            # of more than ten runs, a little too wide
     ones["base"] = dict.fromkeys(range(99), 0.0)
-    assert train.difference(ones, "net", "base") == f"+0.00 [-{half:.2f}, +{half:.2f}]"
+    assert report.difference(ones, "net", "base") == f"+0.00 [-{half:.2f}, +{half:.2f}]"
 
 
 def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, capsys):
@@ -183,7 +167,7 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
     invent_run(tmp_path / "long", 0, 90.0, epochs=3, done=3)
     invent_run(tmp_path / "few", 0, 50.0, train_images=10000)
     invent_run(tmp_path / "few narrow", 0, 51.0, train_images=10000, model="senet", reduction=32)
-    train.main(["--report", str(tmp_path)])
+    report.main([str(tmp_path)])
     text = capsys.readouterr().out
     assert "| resnet | 8,036,426 | 2 | 70.00 ± 0.00 | - | - | 77.38 |" in text
     assert "### cifar10, all training images, 3 epochs" in text and "| 1 | 90.00 | - |" in text
@@ -197,9 +181,34 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
     (tmp_path / "list" / "config.json").write_text("[1, 2]")
     (tmp_path / "without top1" / "metrics.csv").write_text("epoch,top5\n1,80\n2,80\n")
     (tmp_path / "config.json").write_text("of another program")
-    train.main(["--report", str(tmp_path)])
+    report.main([str(tmp_path)])
     table, rest = capsys.readouterr().out.split("\nRuns that are in no table:\n\n")
     assert text.startswith(table) and "1 of 2 epochs" in rest
     assert "copied: top-1 60.00%; the table uses another run with the same settings (70.00%" in rest
     assert sorted(line.split(": ")[0] for line in rest.splitlines()) == [f"- {tmp_path}", *(
         f"- {tmp_path / name}" for name in ("copied", "list", "newer", "running", "without top1"))]
+
+
+@pytest.mark.parametrize("layers, classes, paper", [((3, 4, 6, 3), 100, (1.28, 5.05, 5.05)),
+                                                    (SMALL, 10, (0.35, 1.40, 1.40))])
+def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(layers, classes, paper,
+                                                                       capsys):
+    table.main([])
+    printed, readme = capsys.readouterr().out, (HERE / "README.md").read_text()
+    with torch.device("meta"):
+        plain, published = ResNet(Bottleneck, layers, classes), build_model("resnet", 1000)
+        nets = [build_model("senet", classes, layers), build_model("senetv2", classes, layers),
+                build_model("senet", classes, layers, reduction=8)]
+    count, work = parameters(plain), table.multiply_adds(plain, 32)
+    assert f"{count:,}" in printed and f"{count:,}" in readme
+
+    channels = np.repeat((256, 512, 1024, 2048), layers)        # of each bottleneck
+    labels = "senet r=32", "senetv2 r=32 K=4", "senet r=8"
+    for label, net, cardinality, claim in zip(labels, nets, (1, 4, 4), paper):
+        units = cardinality * (channels // 32)      # two dense layers, C -> units -> C
+        added = parameters(net) - count
+        assert table.multiply_adds(net, 32) - work == (2 * channels * units).sum()
+        assert f"{label:22}{count + added:12,}{added:11,} {added / count:+8.1%}" in printed
+        assert f"{claim:.2f} M" in printed and f"{count + added:,}" in readme
+    giga = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"]
+    assert round(table.multiply_adds(published, 224) / 1e9, 3) == giga

@@ -1,40 +1,17 @@
-"""test_training"""
-import argparse
-import ast
-import contextlib
-import copy
-import csv
-import functools
-import hashlib
+"""Settings, names of runs, errors in one line, what a run leaves behind."""
 import json
 import math
-import os
-import pickle
-import re
-import shlex
-import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
-from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
-from PIL import Image
-from torch import nn
-from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import Bottleneck, ResNet
-from torchvision.transforms import v2
 
-import data
-import senetv2
 import train
-from senetv2 import GATES, OURS, PEERS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
-from tests.conftest import *
+from senetv2 import build_model
+from test_senetv2 import HERE, SMALL, eight_steps, rows
+from tests.conftest import QUICK, complaint, folder_flags, no_network
 
 
 def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, capsys):
@@ -69,7 +46,7 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     # What only the data, the network or the disk can tell.
     ("--reduction 257", "number of channels, 256"), ("--batch-size 13000", "images, 12000"),
     ("--train-images 12001", "12000 training"), ("--dataset imagenet", "--data-dir"),
-    ("--evaluate --checkpoint nowhere.pt", "train first"), ("--out file/run", "file/run"),
+    ("--checkpoint nowhere.pt", "--checkpoint"), ("--out file/run", "file/run"),
     ("--out file", "file"), ("--model vit --weights file", "holds no weights"),
     ("--weights imagenet", "resnet50 are not on this disk"),
     *[("--device cuda", "cpu")] * (not torch.cuda.is_available()),
@@ -150,8 +127,8 @@ def test_only_a_gpu_that_computes_in_bfloat16_does(monkeypatch):
     for native in (True, False):                # a T4, say, only emulates it
         monkeypatch.setattr(torch.cuda, "is_bf16_supported",
                             lambda including_emulation=True: native or including_emulation)
-        assert train.bfloat16(torch.device("cuda")) is native
-        assert train.bfloat16(torch.device("cpu")) is False
+        assert train.trains_in_bfloat16(torch.device("cuda")) is native
+        assert train.trains_in_bfloat16(torch.device("cpu")) is False
 
 
 def test_a_loss_that_is_no_number_stops_the_run(whole, tmp_path, capsys):

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from senetv2 import OURS, AggregatedSqueezeExcitation, build_model
-from test_senetv2 import LiteralBranches
+from senetv2 import OURS, AggregatedSqueezeExcitation, LiteralBranches, build_model
 
 
 def training_step(net, batch_size, image_size, device):
@@ -23,7 +22,7 @@ def training_step(net, batch_size, image_size, device):
     labels = torch.randint(10, (batch_size,), device=device)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=train.bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.trains_in_bfloat16(device)):
             loss = F.cross_entropy(net(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -55,9 +54,9 @@ def quartiles(values, style):
     return f"{middle} [{low}, {high}]"
 
 
-def bench(argv):
+def main(argv=None):
     """Print the speed of training, of the loader and of the gates, as median [quartiles]."""
-    parser = argparse.ArgumentParser(prog="test_senetv2.py bench",
+    parser = argparse.ArgumentParser(prog="tools.bench",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, kind, default, meaning in (
             ("layers", str, "3,4,6,3", "bottlenecks per stage"),
@@ -76,7 +75,7 @@ def bench(argv):
     torch.backends.cudnn.benchmark = True
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{'bfloat16' if train.bfloat16(device) else 'float32'}; median [quartiles]")
+          f"{'bfloat16' if train.trains_in_bfloat16(device) else 'float32'}; median [quartiles]")
     for part in (bench_networks, bench_loader, bench_cardinality):
         part(args, device)
 
@@ -105,7 +104,7 @@ def bench_loader(args, device):
                             image_size=args.image_size if args.image_size > 32 else 224,
                             workers=train.OPTIONS["workers"][0])
     if not (count := min(20, source.steps)):
-        sys.exit("test_senetv2.py: error: not even one batch; give a smaller --batch-size")
+        sys.exit("tools.bench: error: not even one batch; give a smaller --batch-size")
     net = build_model("senetv2").to(device, memory_format=torch.channels_last)
     step = training_step(net, args.batch_size, source.view([0]).shape[-1], device)
 
@@ -136,3 +135,7 @@ def bench_cardinality(args, device):
     for row, cardinality in enumerate(sizes):
         print(f"| {cardinality} | {8 * cardinality} | {quartiles(times[:, row, 0], '.2f')} "
               f"| {quartiles(times[:, row, 1], '.2f')} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,14 +26,14 @@ SAID = {"SIGKILL": "", "full disk": "cannot write", "second process": "another p
 CASES = [(source, world) for source in ("shapes", "folder") for world in (1, 2)]
 
 
-def faults(argv):
+def main(argv=None):
     """Disturb runs at random moments, and print how many end as if they had been left alone.
 
     Most are killed twice; some meet a full disk, or the same command typed twice, and must say so.
     A run survives if the command, given once more, ends with the bits of an undisturbed run.  It
     forks, so it does not run on Windows.
     """
-    parser = argparse.ArgumentParser(prog="test_senetv2.py faults")
+    parser = argparse.ArgumentParser(prog="tools.faults")
     parser.add_argument("--trials", type=int, default=100, help="runs to disturb (default: 100)")
     trials = parser.parse_args(argv).trials
     torch.set_num_threads(1)
@@ -118,3 +118,7 @@ def launch(root, name, case, fault=None):
 
 def wait(processes):
     return [process.join() or process.exitcode for process in processes]
+
+
+if __name__ == "__main__":
+    main()

@@ -8,14 +8,31 @@ import train
 from data import read_image
 from train import load, say
 
+OPTIONS = {
+    "image": ([], list, "image files"),
+    "checkpoint": (None, str, "what to predict with: a run's folder or its last.pt; by default the "
+                              "folder that the other flags name"),
+}
+
 
 @torch.no_grad()
 def run_prediction(args, settings, device):
     """Print the five most likely classes of each image."""
-    net = load(args.checkpoint).to(device, memory_format=torch.channels_last)
-    for path in args.predict:
+    if not args.image:
+        raise ValueError("no image; give --image cat.jpg")
+    net = load(args.checkpoint or args.out).to(device, memory_format=torch.channels_last)
+    for path in args.image:
         logits = net(net.preprocess(read_image(path)).to(device))[0]
         best = logits.double().softmax(0).topk(min(5, len(net.classes)))
         say(path)
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
             say(f"{probability:8.2%}  {net.classes[index]}")
+
+
+def main(argv=None):
+    train.main(argv, run_prediction, options=OPTIONS, program="tools.predict",
+               description="Print the five most likely classes of images.")
+
+
+if __name__ == "__main__":
+    main()

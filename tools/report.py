@@ -2,6 +2,7 @@
 
     python -m tools.report runs results
 """
+import argparse
 import csv
 import json
 import math
@@ -26,13 +27,13 @@ COLOURS = "grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink"
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def run_report(args, settings, device):
+def run_report(folders):
     """Print, as Markdown, a table and a chart for all finished runs that differ in NETWORK alone.
 
     If two runs have all settings alike (a copy, or code that was edited), the first one counts.
     """
     tables, left_out = {}, []
-    for path in [path for root in args.report for path in sorted(Path(root).rglob("config.json"))]:
+    for path in [path for root in folders for path in sorted(Path(root).rglob("config.json"))]:
         try:
             run = json.loads(path.read_text())
             settings = completed(run["settings"])
@@ -51,7 +52,7 @@ def run_report(args, settings, device):
             left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%; the "
                             f"table uses another run with the same settings ({first:.2f}%)")
     if not tables and not left_out:
-        raise ValueError(f"no runs in {', '.join(args.report)}; train first")
+        raise ValueError(f"no runs in {', '.join(folders)}; train first")
     for shared, networks in tables.items():
         print_results(dict(shared), networks)
     print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
@@ -118,3 +119,17 @@ def difference(top1, name, base):
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     half = T95[min(len(gaps) - 2, len(T95) - 1)] * error        # of more than 10, a little too wide
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="tools.report", description="Print tables of the "
+                                     "finished runs in these folders, as Markdown.")
+    parser.add_argument("folders", nargs="*", default=["runs"], help="by default: runs")
+    try:
+        run_report(parser.parse_args(argv).folders)
+    except ValueError as error:
+        sys.exit(f"tools.report: error: {error}")
+
+
+if __name__ == "__main__":
+    main()

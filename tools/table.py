@@ -52,18 +52,19 @@ def print_table(image_size, stem):
                   f"{claim:>14}{work:>16,}{work / plain[1] - 1:>+8.1%}")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(
+        prog="tools.table",
         description="Print parameters and multiply-adds of the networks, beside the paper's.",
         usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--image-size", type=int, default=32, help="pixels per side")
     parser.add_argument("--stem", choices=STEMS, default="imagenet", help="first layer")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         print_table(args.image_size, args.stem)
     except (ValueError, RuntimeError) as error:     # an image size that fits no network
-        sys.exit(f"senetv2.py: error: {str(error).splitlines()[0]}")
+        sys.exit(f"tools.table: error: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":
