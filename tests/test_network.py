@@ -67,8 +67,8 @@ def test_peers_are_torchvisions_and_fit_both_image_sizes(name, size):
 
 
 def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
-    readme = (HERE / "README.md").read_text()
-    code, = [code for code in re.findall(r"^```python\n(.*?)^```", readme, re.M | re.S)
+    page = (HERE / "docs" / "workshop.md").read_text()
+    code, = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
              if "class Constant" in code]
     exec(code, names := {})
     monkeypatch.setitem(senetv2.GATES, "constant", names["Constant"])
