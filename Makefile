@@ -19,9 +19,26 @@ NAMES = $(SETTINGS) ARGS NPROC PYTHON CHECKPOINT IMAGE SEEDS TRAIN
 $(foreach name,$(filter-out $(NAMES),$(.VARIABLES)),$(if $(call typed,$(name)),$\
   $(error unknown variable $(name); `make` lists the valid ones)))
 
+# So is one that no target given has a use for.
+RUNS = $(SETTINGS) ARGS NPROC SEEDS TRAIN
+USES_train = $(SETTINGS) ARGS NPROC
+USES_evaluate = $(SETTINGS) ARGS CHECKPOINT
+USES_predict = $(SETTINGS) ARGS CHECKPOINT IMAGE
+USES_look = $(DATA) OUT
+USES_table = STEM IMAGE_SIZE ARGS
+USES_bench = $(DATA) LAYERS STEM BATCH_SIZE ARGS
+USES_test = ARGS
+USES_faults = ARGS
+USED = PYTHON $(foreach goal,$(MAKECMDGOALS),$(USES_$(goal)) $\
+  $(if $(filter paper experiment%,$(goal)),$(RUNS)))
+$(if $(MAKECMDGOALS),$(foreach name,$(filter-out $(USED),$(NAMES)),$(if $(call typed,$(name)),$\
+  $(error `make $(MAKECMDGOALS)` has no use for $(name)))))
+$(if $(call typed,NPROC),$(if $(shell test '$(NPROC)' -ge 1 2>/dev/null && echo yes),,$\
+  $(error NPROC is '$(NPROC)'; give a number of processes, 1 or more)))
+
 # Without PYTHON=..., the packages of requirements.txt go into .venv the first time.
 PYTHON = .venv/bin/python
-READY := $(if $(call typed,PYTHON),,.venv/ready)
+READY := $(if $(call typed,PYTHON)$(call typed,TRAIN),,.venv/ready)
 
 # Several processes, one per GPU; without GPUs they share the cores.
 LAUNCHER = -m torch.distributed.run --standalone --nproc-per-node $(NPROC)
@@ -71,11 +88,11 @@ predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=run
 	$(if $(call typed,IMAGE),,$(error predict needs IMAGE=file))$\
 	$(PYTHON) -m tools.predict$(call flags,IMAGE CHECKPOINT)$(FLAGS)
 
-look: $(READY)  ## draw images before and after augmentation: DATASET= DATA_DIR=
-	$(PYTHON) data.py$(call flags,$(DATA))
+look: $(READY)  ## draw images before and after augmentation: DATASET= DATA_DIR= OUT=file.png
+	$(PYTHON) data.py$(call flags,$(USES_look))
 
-table: $(READY)  ## parameters and multiply-adds beside the paper's
-	$(PYTHON) -m tools.table$(ARGUMENTS)
+table: $(READY)  ## parameters and multiply-adds beside the paper's: STEM= IMAGE_SIZE=
+	$(PYTHON) -m tools.table$(call flags,STEM IMAGE_SIZE)$(ARGUMENTS)
 
 test: $(READY)  ## check every claim of README, docs and docstrings
 	$(PYTHON) -m pytest -q -rs$(ARGUMENTS)

@@ -42,7 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps      # torchvision brings it
+from PIL import Image       # torchvision brings it
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -57,7 +57,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
 # The 0.2023, 0.1994, 0.2010 that is often copied for CIFAR-10 averages the deviations within single
 # images, and is too small.
 STATISTICS = {
-    "shapes": ((0.4989, 0.5013, 0.5020), (0.2855, 0.2846, 0.2849)),
+    "shapes": ((0.4989, 0.5013, 0.5020), (0.2852, 0.2843, 0.2846)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),     # as its weights expect
@@ -203,29 +203,33 @@ def rectangle(u, v, width, height):
     return np.maximum(abs(u) - width, abs(v) - height)
 
 
-def triangle(u, v):
-    sides = [u * math.cos(a) + v * math.sin(a) for a in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
-    return np.max(sides, axis=0) - 0.5
+def sides(u, v, count):
+    """How far (u, v) lies in the directions of the `count` sides of a regular polygon."""
+    return [u * COSINE[angle] + v * SINE[angle] for angle in range(0, 360, 360 // count)]
 
 
-def star(u, v):
-    sector = (np.arctan2(v, u) * 5 / math.pi) % 2                           # five tips
-    return np.hypot(u, v) - 0.4 - 0.6 * abs(sector - 1)
+def length(u, v):
+    return np.sqrt(u * u + v * v)
 
+
+# The sine and the cosine of whole degrees.  To draw the same bits on every processor, we use what
+# IEEE 754 fixes: + - * / and square roots, but no sines, which libraries round as they like.
+SINE = np.array([round(math.sin(math.radians(angle)), 6) for angle in range(360)], np.float32)
+COSINE = np.roll(SINE, -90)
 
 # Roughly the signed distance from the points (u, v) to the outline of a figure of radius 1; it is
 # negative inside the figure.
 SHAPES = {
     "bar": lambda u, v: rectangle(u, v, 1, 0.3),
     "cross": lambda u, v: np.minimum(rectangle(u, v, 1, 0.3), rectangle(u, v, 0.3, 1)),
-    "disc": lambda u, v: np.hypot(u, v) - 0.9,
+    "disc": lambda u, v: length(u, v) - 0.9,
     "frame": lambda u, v: abs(rectangle(u, v, 0, 0) - 0.65) - 0.15,
-    "half disc": lambda u, v: np.maximum(np.hypot(u, v) - 1, -v),
-    "ring": lambda u, v: abs(np.hypot(u, v) - 0.8) - 0.2,
+    "half disc": lambda u, v: np.maximum(length(u, v) - 1, -v),
+    "ring": lambda u, v: abs(length(u, v) - 0.8) - 0.2,
     "square": lambda u, v: rectangle(u, v, 0.75, 0.75),
-    "star": star,
-    "triangle": triangle,
-    "two discs": lambda u, v: np.hypot(abs(u) - 0.6, v) - 0.4,
+    "star": lambda u, v: np.sort(sides(u, v, 5), axis=0)[-2] - COSINE[72],  # a tip: over one side
+    "triangle": lambda u, v: np.max(sides(u, v, 3), axis=0) - 0.5,
+    "two discs": lambda u, v: length(abs(u) - 0.6, v) - 0.4,
 }
 
 
@@ -242,16 +246,17 @@ def draw_shapes(count, seed, size=32):
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     radius = uniform(10, 14, count, 1, 1)                                    # pixels
     middle = size / 2 + uniform(-1, 1, 2, count, 1, 1) * (size / 2 - radius)
-    angle = uniform(0, 2 * math.pi, count, 1, 1)
+    angle = rng.integers(0, 360, (count, 1, 1))                              # degrees
 
     # The two colours differ by 0.3 or more in each of red, green and blue.
     back = uniform(0, 1, count, 3, 1, 1)
-    fore = (back + uniform(0.3, 0.7, count, 3, 1, 1)) % 1
+    fore = back + uniform(0.3, 0.7, count, 3, 1, 1)
+    fore -= np.floor(fore)
 
     # Each pixel's place on the axes of the figure, where its radius is 1; all (count, H, W).
     y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5)[:, None] - middle
-    u = (x * np.cos(angle) + y * np.sin(angle)) / radius
-    v = (y * np.cos(angle) - x * np.sin(angle)) / radius
+    u = (x * COSINE[angle] + y * SINE[angle]) / radius
+    v = (y * COSINE[angle] - x * SINE[angle]) / radius
     outside = np.empty_like(u)                                              # > 0 outside the figure
     for label, distance in enumerate(SHAPES.values()):
         mine = labels == label
@@ -260,7 +265,7 @@ def draw_shapes(count, seed, size=32):
     # Mix the colours by the share of the pixel that the figure covers, and add a little noise.
     images = (fore - back) * np.clip(0.5 - outside * radius, 0, 1)[:, None]
     images += back
-    images += 0.03 * rng.standard_normal(images.shape, dtype=np.float32)
+    images += uniform(-0.05, 0.05, *images.shape)
     images = np.rint(255 * images.clip(0, 1, out=images), out=images)
     return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
 
@@ -296,6 +301,14 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+# EXIF's orientation: 1 is upright, and these ways lead back to it.  (Pillow's own function rewrites
+# the other tags as well, and fails where one of them is invalid.)
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90), start=2))
+
+
 class ImageError(ValueError):
     """An image that cannot be read."""
 
@@ -304,9 +317,14 @@ def read_image(path):
     """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ImageError, in one line."""
     try:
         with Image.open(path) as image:                 # of an animation, the first picture
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):              # 16 bits of grey: convert() would clip them
-                image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+            sixteen = image.mode.startswith("I;16") or (    # these two formats hold no more
+                image.mode == "I" and image.format in ("PNG", "PPM"))
+            if (turn := TURNS.get(image.getexif().get(0x0112))) is not None:
+                image = image.transpose(turn)
+            if sixteen:                                 # convert() would clip them to 255
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode in ("I", "F"):
+                raise ValueError("32 bits per pixel, without an agreed range; save it with 8 or 16")
             return v2.functional.pil_to_tensor(image.convert("RGB"))
     except FileNotFoundError:
         raise ImageError(f"{printable(str(path))} is not found") from None

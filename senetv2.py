@@ -152,7 +152,8 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
         avgpool             mean over H and W       (B, 2048)               (B, 2048)
         fc                  one dense layer         (B, num_classes)        (B, num_classes)
 
-    name       resnet, senet or senetv2; or a peer, which uses only num_classes and options.
+    name       resnet, senet or senetv2; or a peer, which uses num_classes and options, and vit
+               image_size.
     layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small one.
     stem       "imagenet": 7x7 with stride 2, then max-pooling; layer1 sees 32x32 images as 8x8.
                "cifar": 3x3 with stride 1 and no pooling; they stay 32x32.

@@ -160,3 +160,8 @@ def make(*words, **environment):
                             capture_output=True, env=os.environ | environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("hostile",)

@@ -1,7 +1,11 @@
 """Sets in memory: shapes and CIFAR, order and augmentation, what several processes see."""
 import functools
 import math
+import os
 import pickle
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +16,15 @@ from torchvision.transforms import v2
 
 import data
 from senetv2 import build_model
-from test_senetv2 import SMALL, assert_equal, in_memory, joined, numbered, save_image
+from test_senetv2 import (
+    HERE,
+    SMALL,
+    assert_equal,
+    in_memory,
+    joined,
+    numbered,
+    save_image,
+)
 from tests.conftest import add_image, load_folder, no_network
 
 
@@ -110,6 +122,21 @@ def test_shapes_are_always_the_same_with_ten_equal_classes_and_the_tables_statis
     deviation, mean = torch.std_mean(images.double() / 255, (0, 2, 3))
     known = torch.tensor(data.STATISTICS["shapes"], dtype=torch.float64)
     torch.testing.assert_close(torch.stack([mean, deviation]), known, atol=6e-5, rtol=0)
+
+
+@pytest.mark.parametrize("level", ["X86_V4|AVX512", "X86_V3|X86_V4|AVX|FMA"])
+def test_shapes_are_the_same_bits_on_processors_without_newer_instructions(level):
+    found = np._core._multiarray_umath
+    present = [name for name in found.__cpu_dispatch__ if found.__cpu_features__[name]]
+    off = [name for name in present if re.match(level, name)]
+    if not off:
+        pytest.skip(f"numpy finds none of {level} here")
+    code = "import data; print(hash(data.draw_shapes(300, 1)[0].numpy().tobytes()))"
+    drawn = [subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
+                            check=True, env=os.environ | dict(NPY_DISABLE_CPU_FEATURES=names,
+                                                              PYTHONHASHSEED="0")).stdout
+             for names in ("", " ".join(off))]
+    assert drawn[0] == drawn[1]
 
 
 def test_a_linear_classifier_on_the_pixels_fails_on_shapes():

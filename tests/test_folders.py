@@ -3,6 +3,7 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import sys
 
 import numpy as np
@@ -50,6 +51,42 @@ def test_images_of_every_kind_are_read_as_they_look(tmp_path):
         assert ours.shape == looks.shape and ours.dtype == np.uint8
         off = abs(ours.astype(int) - looks).mean()
         assert off == 0 or "jpg" in name and off < 3, name
+
+
+def exif(orientation):
+    """EXIF with this orientation and, where a number belongs, a text: XResolution is "ab"."""
+    tags = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0), b"\x1a\1\2\0\3\0\0\0ab\0\0"
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_turned_even_where_another_exif_tag_is_invalid(orientation, tmp_path):
+    picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif(orientation))
+    turned = picture.transpose(1, 0, 2) if orientation > 4 else picture
+    upright = {1: turned, 2: turned[:, ::-1], 3: turned[::-1, ::-1], 4: turned[::-1], 5: turned,
+               6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}[orientation]
+    assert np.array_equal(data.read_image(tmp_path / "a.png").permute(1, 2, 0), upright)
+
+
+def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):
+    values = np.arange(16, dtype=np.uint16).reshape(4, 4) * 4369            # 0 to 65535
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 4 65535\n" + values.astype(">u2").tobytes())
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    for name in ("a.pgm", "a.tif"):
+        assert np.array_equal(data.read_image(tmp_path / name)[0], values // 257), name
+    for kind in (np.int32, np.float32):
+        Image.fromarray(values.astype(kind)).save(tmp_path / "b.tif")
+        with pytest.raises(data.ImageError, match="32 bits per pixel.*save it with 8 or 16"):
+            data.read_image(tmp_path / "b.tif")
+
+
+def test_a_folder_is_identified_by_all_its_files_whatever_is_chosen(folder):
+    before = load_folder(folder)
+    chosen = load_folder(folder, images_per_class=5, train_images=7, seed=3)
+    assert chosen.files == before.files and chosen.digest != before.digest
+    add_image(folder)
+    assert load_folder(folder).files != before.files
 
 
 def test_a_folder_takes_what_imagefolder_takes_but_nothing_hidden(folder, capsys):

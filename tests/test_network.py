@@ -1,6 +1,9 @@
 """Gates and networks beyond the README's claims, peers, weights from elsewhere."""
 import argparse
+import pickle
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ import senetv2
 import train
 from senetv2 import OURS, SqueezeExcitation, build_model
 from test_senetv2 import HERE, SMALL, assert_equal
-from tests.conftest import QUICK, complaint
+from tests.conftest import QUICK, Hostile, complaint
 from tools import evaluate
 
 # what torch says of a hostile file
@@ -31,6 +34,8 @@ def test_a_softmax_would_nearly_close_an_undecided_gate():
     ("senetv2", dict(reduction=512), "reduction is 512.* between 1 and .*channels, 256"),
     ("senet", dict(reduction=0), "reduction is 0.* between 1 and .*channels, 256"),
     ("senetv2", dict(cardinality=0), "cardinality is 0.* 1 or more"),
+    ("senetv2", dict(reduction=32.0), "reduction is 32.0.* whole number"),
+    ("senetv2", dict(cardinality=2.5), "cardinality is 2.5.* whole number"),
     ("senet", dict(layers=(1, 1, 1)), r"\(1, 1, 1\); give four positive"),
     ("senet", dict(layers=(1, 1, 0, 1)), r"\(1, 1, 0, 1\); give four positive"),
     ("senet", dict(layers="1,1,1,1"), "'1,1,1,1'; give four positive"),
@@ -90,7 +95,22 @@ WRAPPED = {     # how weights lie in the files of other programs
     "torchvision's references": lambda weights: dict(
         model=weights, args=argparse.Namespace(lr=0.1), epoch=3),
     "compiled": lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
+    "pytorch-cifar": lambda weights: dict(net=weights, acc=93.0, epoch=3),
+    "PyTorch's tutorial": lambda weights: dict(
+        epoch=3, model_state_dict=weights, loss=0.4,
+        optimizer_state_dict={"state": {0: {"exp_avg": torch.zeros(3)}}}),
+    "a name beside them": lambda weights: dict(model="resnet50", state_dict=weights),
+    "Lightning": lambda weights: dict(state_dict=prefixed("model.", weights)),
+    "mmpretrain": lambda weights: dict(meta={}, state_dict=prefixed("backbone.", weights)),
+    "moco": lambda weights: dict(state_dict=prefixed("module.encoder_q.", weights) | {
+        key: value + 1 for key, value in prefixed("module.encoder_k.", weights).items()}),
+    "timm with an average": lambda weights: dict(state_dict=weights, state_dict_ema={
+        key: value + 1 for key, value in weights.items()}),
 }
+
+
+def prefixed(prefix, weights):
+    return {prefix + key: value for key, value in weights.items()}
 
 
 @pytest.mark.parametrize("wrapped", WRAPPED.values(), ids=WRAPPED)
@@ -104,7 +124,7 @@ def test_weights_are_taken_as_they_come_where_name_and_shape_agree(wrapped, fini
 
     same = {key for key in given if "gate" not in key and "fc" not in key}
     assert f"{len(same)} tensors taken" in text and "new: 2 ['fc.weight', 'fc.bias']" in text
-    assert "unused: 18 ['layer1.0.gate.reduce.weight'" in text      # 4 gates of 4, and fc
+    assert "'layer1.0.gate.reduce.weight'" in text      # is unused
     assert len(same) > 80 and torch.equal(net.fc.weight, before)
     assert all(torch.equal(net.state_dict()[key], given[key]) for key in same)
 
@@ -121,6 +141,37 @@ def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
                          (tmp_path / "x", "there is no file"),
                          (HERE / "README.md", "holds no weights")):
         assert said in complaint(capsys, *QUICK, "--weights", source, "--out", tmp_path / "else")
+
+
+def test_the_line_about_weights_names_their_place_and_prefix(tmp_path):
+    net = build_model("resnet", 3, SMALL)
+    torch.save(dict(state_dict=prefixed("backbone.", net.state_dict())), tmp_path / "a.pth")
+    line = senetv2.load_weights(net, tmp_path / "a.pth", "resnet")
+    assert "['state_dict']" in line and "backbone." in line and "new: 0 []" in line
+
+
+def test_weights_that_cannot_be_read_are_refused_with_what_to_give_instead(tmp_path, monkeypatch):
+    net = build_model("resnet", 3, SMALL)
+    monkeypatch.chdir(tmp_path)
+    torch.save(net, "whole.pth")                        # a pickled network could run code
+    Path("hostile.pth").write_bytes(pickle.dumps(Hostile()))
+    Path("a.safetensors").touch()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    for source, said in (("whole.pth", r"torch.save\(net.state_dict\(\), path\)"),
+                         ("hostile.pth", "no weights"), ("a.safetensors", "install .*safetensors"),
+                         ("gone.pth", "no file gone.pth"), ("vit", "no weights of vit")):
+        with pytest.raises((ValueError, FileNotFoundError), match=rf"\A.*{said}.*\Z"):
+            senetv2.load_weights(net, "imagenet" if source == "vit" else source,
+                                 "vit" if source == "vit" else "resnet")
+    assert not Path("hostile").exists()
+
+
+def test_safetensors_are_read_where_the_package_is(tmp_path):
+    torch_files = pytest.importorskip("safetensors.torch")
+    net, other = build_model("resnet", 3, SMALL), build_model("resnet", 3, SMALL)
+    torch_files.save_file(other.state_dict(), tmp_path / "a.safetensors")
+    senetv2.load_weights(net, tmp_path / "a.safetensors", "resnet")
+    assert_equal(net.state_dict(), other.state_dict())
 
 
 def test_weights_overwrite_the_start_at_0_which_is_said(finished, tmp_path, capsys):

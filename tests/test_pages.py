@@ -32,7 +32,12 @@ def test_values_with_spaces_and_quotes_arrive_whole(target, variables):
 
 
 @pytest.mark.parametrize("words, said", [("predict", "needs IMAGE"),
-                                         ("train EPOCH=1", "unknown variable EPOCH;")])
+                                         ("train EPOCH=1", "unknown variable EPOCH;"),
+                                         ("report STEM=cifar", "has no use for STEM"),
+                                         ("look MODEL=resnet", "has no use for MODEL"),
+                                         ("test SEED=1", "has no use for SEED"),
+                                         ("train NPROC=0", "NPROC is '0'"),
+                                         ("train NPROC=two", "NPROC is 'two'")])
 def test_what_make_cannot_use_is_refused(words, said):
     words = ["make", "--no-print-directory", "-n", *words.split(), "PYTHON=python3"]
     result = subprocess.run(words, cwd=HERE, text=True, capture_output=True)
@@ -47,6 +52,13 @@ def test_only_what_was_typed_for_this_make_counts(target):
     inner = f"make --no-print-directory -n {target} PYTHON=python3 #"       # as a test may start it
     assert make("--silent", "test", f"PYTHON={inner}", "ARGS=-k x") == make(
         "-n", target, "PYTHON=python3")
+
+
+def test_commands_that_make_prints_run_as_they_are_written():
+    assert make("-n", "look", "OUT=a b.png", "PYTHON=p") == ["p data.py --out 'a b.png'"]
+    assert " ".join(make("-n", "table", "STEM=cifar", "IMAGE_SIZE=64", "PYTHON=p")[0].split()) == (
+        "p -m tools.table --stem 'cifar' --image-size '64'")
+    assert not any("venv" in line for line in make("-n", "paper", "TRAIN=echo", "SEEDS=0"))
 
 
 @pytest.mark.parametrize("words, count, said", [

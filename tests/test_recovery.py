@@ -1,16 +1,31 @@
 """Killed equals undisturbed, beyond the chapter's cases; checkpoints; several processes."""
+import contextlib
+import ctypes
+import json
 import os
 import pickle
+import select
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from test_senetv2 import eight_steps, rows, same_result, stop_at
-from tests.conftest import complaint, edited, folder_flags, load_folder, start, wait_for
+from test_senetv2 import HERE, eight_steps, rows, same_result, stop_at
+from tests.conftest import (
+    Hostile,
+    complaint,
+    edited,
+    folder_flags,
+    load_folder,
+    start,
+    wait_for,
+)
 from tools import evaluate
 
 # what torch says of a hostile file
@@ -98,6 +113,96 @@ def test_a_checkpoint_that_appears_before_the_lock_is_resumed(whole, tmp_path, m
     assert "already finished" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("code, killed", [
+    ("", True),                                 # torchrun started it, and ends: so does the run
+    ("del os.environ['TORCHELASTIC_RUN_ID']", False)])
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_process_of_torchrun_ends_when_that_is_killed(code, killed, tmp_path):
+    inner = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); " + (code or "pass")
+             + "; import train; train.end_with_launcher(); print(os.getpid(), flush=True)"
+             "; time.sleep(600)")
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}, {str(HERE)!r}])"
+    launcher = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True,
+                                env=os.environ | dict(TORCHELASTIC_RUN_ID="1"))
+    child = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    try:        # its pipe closes when it ends; until then, nothing more is to be read
+        ready, _, _ = select.select([launcher.stdout], [], [], 20 if killed else 2)
+        assert bool(ready) == killed
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_launcher_that_died_before_the_call_is_noticed(monkeypatch):
+    ended = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *args: 0))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    train.end_with_launcher()
+    assert not ended
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    train.end_with_launcher()
+    assert ended == [1]
+
+
+def test_what_a_start_writes_it_writes_whole(whole, tmp_path, monkeypatch, capsys):
+    flags = eight_steps("folder", whole, tmp_path)
+    stop_at(6, flags, monkeypatch, saved=(0, 0))        # a row, and no checkpoint
+    assert len(rows(tmp_path)) == 1 and not (tmp_path / "last.pt").exists()
+    stop_at(2, [*flags, "--lr", "0.1"], monkeypatch, saved=(0, 0))
+    assert json.loads((tmp_path / "config.json").read_text())["settings"]["lr"] == 0.1
+    assert rows(tmp_path) == []
+
+
+@pytest.mark.parametrize("lost", ["config.json", "metrics.csv"])
+def test_the_records_of_a_finished_run_are_made_again(lost, whole, tmp_path, capsys):
+    shutil.copytree(whole / "folder", tmp_path / "run")
+    before = (tmp_path / "run" / lost).read_text()
+    (tmp_path / "run" / lost).unlink()
+    train.main(eight_steps("folder", whole, tmp_path / "run"))
+    assert "already finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / lost).read_text() == before
+
+
+def test_a_finished_run_is_shown_from_a_folder_that_cannot_be_written(whole, tmp_path, monkeypatch,
+                                                                      capsys):
+    def read_only(path, mode="r", *args, inner=open, **kwargs):
+        if "w" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return inner(path, mode, *args, **kwargs)
+    shutil.copytree(whole / "folder", tmp_path / "run")
+    monkeypatch.setattr("builtins.open", read_only)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    train.main(eight_steps("folder", whole, tmp_path / "run"))
+    assert "done: top-1" in capsys.readouterr().out
+    assert "Permission denied" in complaint(capsys, *eight_steps("folder", whole, tmp_path / "new"))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_broken_image_costs_nothing_that_was_trained(split, workers, whole, tmp_path, monkeypatch,
+                                                       capsys):
+    shutil.copytree(whole / "images", tmp_path / "images")
+    image, flags = tmp_path / "images" / split / "bar" / "0.png", eight_steps(
+        "folder", tmp_path, tmp_path / "run", "--workers", workers)
+    good = image.read_bytes()
+    image.write_bytes(good[:60] + bytes(len(good) - 60))            # of the same size
+    text = complaint(capsys, *flags)
+    assert f"{image} cannot be decoded" in text and f"--weights {tmp_path / 'run/last.pt'}" in text
+    assert train.read_checkpoint(tmp_path / "run")["step"] <= 4
+
+    image.write_bytes(good)
+    train.main(flags)
+    assert same_result(tmp_path / "run", whole / "folder")
+
+
+def test_a_folder_that_vanishes_is_not_a_full_disk(tmp_path):
+    with pytest.raises(ValueError, match="removed while it was in use"):
+        train.replace_file(tmp_path / "gone" / "last.pt", "text")
+
+
 def test_last_pt_is_replaced_only_by_a_whole_checkpoint_on_the_disk(whole, tmp_path, monkeypatch,
                                                                     capsys):
     last, done, resource = tmp_path / "last.pt", [], pytest.importorskip("resource")
@@ -116,11 +221,6 @@ def test_last_pt_is_replaced_only_by_a_whole_checkpoint_on_the_disk(whole, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "cannot write" in text and "free some disk space" in text
     assert last.read_bytes() == before and not list(tmp_path.glob("*.tmp"))
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.mkdir, ("hostile",)
 
 
 DAMAGED = [(lambda path: os.truncate(path, path.stat().st_size // 2), ""),

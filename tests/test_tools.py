@@ -1,5 +1,7 @@
 """Evaluation, prediction, the report and the table of parameters."""
+import json
 import math
+import re
 import shutil
 import sys
 
@@ -145,6 +147,55 @@ def test_the_report_compares_networks_of_the_same_start(tmp_path, capsys):
         ["| resnet zero-init", "70.00", "-", "-", "+10.00", "- |"],
         ["| senetv2 r=32 K=4 (= senet r=8) zero-init", "72.00", "+2.00", "+0.50", "+9.00", "- |"],
         ["| senet r=32 zero-init", "71.50", "+1.50", "-", "-", "- |"]]
+
+
+def test_runs_on_other_files_are_in_tables_of_their_own(tmp_path, capsys):
+    data = dict(dataset="folder", images_per_class=0, image_size=64)
+    for name, settings, files in (("a", {}, "first"), ("b", dict(model="vit"), "second"),
+                                  ("c", dict(model="mobilenet_v2"), "first")):
+        invent_run(tmp_path / name, 0, 50.0, **data, **settings)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | dict(files=files)))
+    report.main([str(tmp_path)])
+    tables = capsys.readouterr().out.split("### ")[1:]
+    assert [sorted(re.findall(r"^\| (resnet|vit|mobilenet_v2) ", table, re.M)) for table in tables
+            ] == [["mobilenet_v2", "resnet"], ["vit"]]
+
+    # A run of older code, which did not write the digest, joins the table of equal settings.
+    shutil.rmtree(tmp_path / "b")
+    invent_run(tmp_path / "old", 1, 70.0, **data)
+    report.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    assert text.count("### ") == 1 and "| resnet | 8,036,426 | 2 | 60.00" in text
+
+
+@pytest.mark.parametrize("key, value", [
+    ("parameters", None), ("device", None), ("torch", None), ("parameters", "many"),
+    ("settings.model", ["resnet"]), ("settings.seed", [0]), ("settings.epochs", "2"),
+    ("settings.lr", {}), ("settings", None), ("processes", "two")])
+def test_one_run_that_cannot_be_read_does_not_hide_the_others(key, value, tmp_path, capsys):
+    invent_run(tmp_path / "good", 0, 70.0)
+    invent_run(tmp_path / "bad", 1, 60.0)
+    config = json.loads((tmp_path / "bad" / "config.json").read_text())
+    *outer, key = key.split(".")
+    place = config[outer[0]] if outer else config
+    place.pop(key, None) if value is None else place.update({key: value})
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(config))
+    report.main([str(tmp_path)])
+    table, rest = capsys.readouterr().out.split("in no table")
+    assert "| resnet | 8,036,426 | 1 | 70.00 | " in table and f"{tmp_path / 'bad'}: " in rest
+
+
+def test_evaluation_in_a_folder_that_cannot_be_written_prints_all_the_same(finished, monkeypatch,
+                                                                          capsys):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+    evaluate.main(["--checkpoint", str(finished)])
+    before = capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(evaluate, "save_image", refuse)
+    evaluate.main(["--checkpoint", str(finished)])
+    after = capsys.readouterr().out.splitlines()
+    assert after[:-1] == before[:-1] and "Permission denied" in after[-1]
 
 
 def test_intervals_are_those_of_students_t():

@@ -38,7 +38,9 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
 
 @pytest.mark.parametrize("flags, said", [
     ("--dataset cifar11", "cifar100"), ("--stem tiny", "cifar"), ("--model senetv3", "senetv2"),
-    ("--layers 3,4,6", "four positive"), ("--layers 3,4,0,3", "four positive"),
+    *[(f"--layers {layers}", "four positive") for layers in (
+        "3,4,6", "3,4,0,3", "3,4,-6,3", "3,4,-6,6,3", "1,x,1,1,1", "1,1,1,1,", "\u00b2,1,1,1")],
+    ("--image-size 500000", "from 32 to"),
     ("--epochs 0", "from 1 to"), ("--batch-size x", "number"), ("--train-images -5", "from 0 to"),
     ("--lr nan", "from 0 to"), ("--lr inf", "from 0 to"), ("--weight-decay -1", "from 0 to 1"),
     ("--image-size 31", "from 32 to"), (f"--seed {2**63}", str(2**63 - 1)),
@@ -90,6 +92,11 @@ def test_a_run_is_named_by_what_defines_its_result(flags, said, name, capsys):
     assert args.out == Path("runs", name)
     unused = said.split(" ")[0]
     assert not said or settings[unused] == train.defaults("paper", args.dataset)[unused]
+
+
+def test_layers_have_one_form_however_they_are_typed():
+    args, settings = train.parse_args(["--layers", " 3, 04,6 ,3", "--dataset", "cifar10"])
+    assert settings["layers"] == "3,4,6,3" and "layers" not in args.out.name
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):

@@ -63,12 +63,14 @@ def main(argv=None):
             ("stem", str, "imagenet", "as in train.py"),
             ("batch-size", int, 128, "images per step"),
             ("image-size", int, 32, "pixels per side"),
-            ("dataset", str, "shapes", "of the loader"),
+            ("dataset", str, "shapes", f"of the loader: {', '.join(data.DATASETS)}"),
             ("data-dir", str, "data", "where its files are"),
             ("seconds", float, 60, "how long to measure training")):
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
     args = parser.parse_args(argv)
+    if args.dataset not in data.DATASETS:
+        parser.error(f"--dataset is {args.dataset}; give one of {', '.join(data.DATASETS)}")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")

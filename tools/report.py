@@ -4,6 +4,7 @@
 """
 import argparse
 import csv
+import itertools
 import json
 import math
 import statistics
@@ -22,7 +23,8 @@ PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the
 }
 NETWORK = ("model", "reduction", "cardinality", "residual", "zero_init", "seed")    # of one table
 ZERO_INIT = " zero-init"        # ends the names of networks that start so
-COLOURS = "grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink", "black"
+COLOURS = ("grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink", "black", "gold",
+           "teal", "navy", "lime", "crimson")
 # Student's t: half of a two-sided 95% interval, in standard errors, for 2 to 10 runs.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -35,27 +37,47 @@ def run_report(folders):
     tables, left_out = {}, []
     for path in [path for root in folders for path in sorted(Path(root).rglob("config.json"))]:
         try:
-            run = json.loads(path.read_text())
-            settings = completed(run["settings"])
-            rows = csv.DictReader(path.with_name("metrics.csv").read_text().splitlines())
-            run["top1"] = [float(row["top1"]) for row in rows]
-            if len(run["top1"]) < settings["epochs"]:
-                raise ValueError(f"{len(run['top1'])} of {settings['epochs']} epochs")
-        except (ValueError, KeyError, TypeError, OSError) as reason:
-            left_out.append(f"- {printable(str(path.parent))}: {reason}")
+            shared, name, seed, run = read_run(path)
+        except Exception as reason:         # whatever other programs, and older code, leave
+            left_out.append(f"- {printable(str(path.parent))}: {type(reason).__name__}: {reason}")
             continue
-
-        shared = tuple((key, settings[key]) for key in SETTINGS if key not in NETWORK)
-        seeds = tables.setdefault(shared, {}).setdefault(label(settings), {})
-        first = seeds.setdefault(settings["seed"], run)["top1"][-1]
-        if run["top1"][-1] != first:
+        first = tables.setdefault(shared, {}).setdefault(name, {}).setdefault(seed, run)
+        if run["top1"][-1] != first["top1"][-1]:
             left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%; the "
-                            f"table uses another run with the same settings ({first:.2f}%)")
+                            "table uses another run with the same settings "
+                            f"({first['top1'][-1]:.2f}%)")
     if not tables and not left_out:
         raise ValueError(f"no runs in {', '.join(folders)}; train first")
-    for shared, networks in tables.items():
+    for shared, networks in joined(tables).items():
         print_results(dict(shared), networks)
     print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
+
+
+def joined(tables):
+    """The tables, with runs that older code wrote without a digest of their files: they join the
+    table of equal settings, if there is one."""
+    for shared in [shared for shared in tables if shared[-1] == ("files", None)]:
+        others = [other for other in tables if other[:-1] == shared[:-1] and other != shared]
+        if len(others) == 1:
+            for name, seeds in tables.pop(shared).items():
+                known = tables[others[0]].setdefault(name, {})
+                tables[others[0]][name] = seeds | known
+    return tables
+
+
+def read_run(path):
+    """(what a table shares, name of the row, seed, and the run as a dict) of one config.json."""
+    run = json.loads(path.read_text())
+    settings = completed(run["settings"])
+    table = csv.DictReader(path.with_name("metrics.csv").read_text().splitlines())
+    run["top1"] = [float(row["top1"]) for row in table]
+    if len(run["top1"]) < settings["epochs"]:
+        raise ValueError(f"{len(run['top1'])} of {settings['epochs']} epochs")
+    run["machine"] = (f"{run['device']}, torch {run['torch']}"
+                      + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1))
+    shared = tuple((key, settings[key]) for key in SETTINGS if key not in NETWORK)
+    hash((shared, settings["seed"])), format(run["parameters"], ",")        # raise here if they do
+    return (*shared, ("files", run.get("files"))), label(settings), settings["seed"], run
 
 
 def label(settings):
@@ -72,7 +94,7 @@ def print_results(shared, networks):
     size, usual = shared["train_images"], defaults(shared["recipe"], shared["dataset"])
     print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, "
           f"{shared['epochs']} epoch{'s' * (shared['epochs'] > 1)}, layers {shared['layers']}\n\n"
-          + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual[key]
+          + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual.get(key)
                       or key in ("recipe", "optimizer", "lr", "batch_size", "stem")
                       or key == "images_per_class" and shared["dataset"] in FOLDERS) + ".\n")
     starts = any(name.endswith(ZERO_INIT) for name in networks)
@@ -92,21 +114,20 @@ def print_results(shared, networks):
         print(f"| {name} | {count:,} | {len(seeds)} | {statistics.fmean(values):.2f}{spread} | "
               + " | ".join(difference(top1, name, base) for base in bases)
               + f" | {format(paper[name], '.2f') if name in paper else '-'} |")
-    machines = sorted({f"{run['device']}, torch {run['torch']}"
-                       + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1)
-                       for seeds in networks.values() for run in seeds.values()})
+    machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
           f"by seed, mean [95% confidence interval]. Ran on: {'; '.join(machines)}.")
 
     if not sys.stdout.isatty():         # a chart that GitHub draws
-        theme = {"themeVariables": {"xyChart": {"plotColorPalette": ",".join(COLOURS)}}}
+        palette = ",".join(COLOURS[:max(9, len(ordered))])
+        theme = {"themeVariables": {"xyChart": {"plotColorPalette": palette}}}
         print(f"\n```mermaid\n%%{{init: {json.dumps(theme)}}}%%\nxychart-beta\n"
               f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"\n'
               f'    x-axis "epoch" 1 --> {shared["epochs"]}\n    y-axis "top-1 (%)"')
         for name in ordered:
             means = map(statistics.fmean, zip(*(run["top1"] for run in networks[name].values())))
             print(f"    line [{', '.join(f'{mean:.2f}' for mean in means)}]")
-        print("```\n\nLines: " + "; ".join(map(" ".join, zip(ordered, COLOURS))) + ".")
+        print("```\n\nLines: " + "; ".join(map(" ".join, zip(ordered, itertools.cycle(COLOURS)))) + ".")
 
 
 def difference(top1, name, base):
