@@ -5,19 +5,20 @@
     imagenet            a folder that holds images in train/CLASS/ and val/CLASS/
     folder              the same layout with images of your own
 
-The first three are small.  They are held whole, as uint8, on the device that trains, and whole
+Shapes and CIFAR are small.  They are held whole, as uint8, on the device that trains, and whole
 batches are gathered, cropped, flipped and normalised there.  The images of a folder are decoded by
 worker processes, turned as their EXIF orientation says, and made RGB.
 
 One promise makes an interrupted run equal to one that was not, and gives several processes the
-batches of one: the batch of a step is a pure function of (seed, epoch, step).  So all randomness is
+images of one: the batch of a step is a pure function of (seed, epoch, step).  So all randomness is
 drawn on the CPU, from seeds made of (seed, epoch): the order of the images, and the crop and the
 flip of each.  Every process takes its share of the batch.
 
-Why shuffle?  A step follows the gradient of its batch, so a batch should look like the whole set:
-sorted by class, the network would learn one class and forget the last.  Why augment?  A shifted or
-mirrored cat is a cat; a network that sees each image a little differently in each epoch cannot
-learn pixels by heart.  Test images are not augmented: we ask about them as they are.
+Why shuffle?  A step follows the gradient of its batch, so a batch should look like the whole set.
+If images came class by class, the network would learn each class and forget the one before.
+
+Why augment?  A shifted or mirrored cat is a cat, and a network that sees each image a little
+differently in each epoch cannot learn its pixels by heart.  Test images are not augmented.
 
 The paper does not say how it augments.  We do what is usual.  CIFAR and shapes are padded by 4
 zeros per side, cropped back and flipped (arXiv 1512.03385, section 4.2).  Images of folders are
@@ -68,7 +69,7 @@ STATISTICS["folder"] = STATISTICS["imagenet"]       # close enough for any photo
 class Normalise:
     """uint8 (B, 3, H, W) -> float32, each colour with mean 0 and deviation 1 over the data set.
 
-    The first weights are drawn for inputs of about that size, and all colours start with equal say.
+    The first weights are drawn for inputs of that magnitude, and no colour outweighs the others.
     """
 
     def __init__(self, dataset, device="cpu"):
@@ -85,7 +86,7 @@ ORDER, AUGMENT = 0, 1       # two independent streams of random numbers for each
 
 
 def mix(*numbers):
-    """One 64-bit seed from several numbers, without the coincidences of a sum."""
+    """One 64-bit seed from several numbers.  A sum would give (1, 2) and (2, 1) the same seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -100,7 +101,7 @@ def subset(size, count, seed):
 
 
 class Images:
-    """What the two kinds of data sets share: the training images, then the test images, numbered.
+    """What the two kinds of data sets share.  Images have numbers: those for training come first.
 
     classes       the names of the classes.
     labels        int64 (N,), of all images; the first train_size of them are for training.
@@ -114,7 +115,7 @@ class Images:
     labels, (B,).
     """
 
-    left_out = {}       # in folders: ending -> the number of files that are no images by it
+    left_out = {}       # in folders: ending -> the number of files with it, which is no image's
     files = None        # in folders: a digest of all files, also of those that are not used
 
     def __init__(self, dataset, classes, labels, train_size, content, *,
@@ -145,7 +146,8 @@ class Images:
         numbers = np.arange(self.train_size, len(self.labels))
         batches = [numbers[start + self.rank:start + self.batch_size:self.world]
                    for start in range(0, self.test_size, self.batch_size)]
-        for images, labels in self.gather(None, batches):   # as many batches in every process
+        # Every process gets equally many batches, some of which may be empty.
+        for images, labels in self.gather(None, batches):
             yield self.normalise(images), labels
 
     def view(self, index, epoch=None):
@@ -173,9 +175,10 @@ class InMemory(Images):
         content = [tensor.numpy() for tensor in (*train, *test)]
         super().__init__(dataset, classes, labels, len(train[1]), content, device=device, **options)
 
-        # A view (2, N, 3, 9, 9, H, W) of the padded images and their mirror images holds all crops.
-        # In one dimension: of 1 2 3, padded by one zero, unfold makes the rows 0 1 2, 1 2 3 and
-        # 2 3 0, which share their memory.  So to crop and flip a batch is to index this view once.
+        # To crop one image is to take a window of 32x32 pixels from the padded one, of 40x40; there
+        # are 9 x 9 such windows.  unfold makes a view that holds them all without copying: of the
+        # row 0 1 2 3 0 it makes the rows 0 1 2, 1 2 3 and 2 3 0.  Indexing this view once crops and
+        # flips a whole batch.  Its shape: (2, N, 3, 9, 9, H, W); the 2 are image and mirror image.
         padded = F.pad(torch.cat([train[0], test[0]]).to(device), (PAD,) * 4)
         both = torch.stack([padded, padded.flip(3)])
         self.windows = both.unfold(3, train[0].shape[2], 1).unfold(4, train[0].shape[3], 1)
@@ -185,11 +188,12 @@ class InMemory(Images):
         numbers = torch.from_numpy(np.concatenate([[], *batches]).astype(int)).to(self.device)
         for index in numbers.split([len(batch) for batch in batches]):
             flip, top, left = draws[:, index]                               # each (B,)
-            # separated indices put B first
+            # torch puts B first here, because a slice stands between the indices
             yield self.windows[flip, index, :, top, left], self.labels[index]
 
     def _draws(self, epoch):
-        """The flip, the top and the left edge of the crop of each image: int64 (3, N)."""
+        """Flip, top and left edge of the crop of each image (in training: of each training image),
+        int64 (3, N)."""
         if epoch is None:       # not mirrored, and cropped from the middle
             return np.full((3, len(self.labels)), [[0], [PAD], [PAD]])
         rng = np.random.default_rng([self.seed, epoch, AUGMENT])

@@ -1,8 +1,8 @@
 """Chapter 1: the network.  A gate looks at the whole image and turns channels down.
 
-A convolutional network describes an image by feature maps: at each place, C numbers (the channels),
-each of which answers to some pattern.  A convolution sees a small neighbourhood.  The gate averages
-each channel over the whole image, and decides from these averages how much of each channel to keep.
+A convolutional network describes an image by feature maps: at each place, C numbers (the
+channels), each of which responds to some pattern.  A convolution sees a small neighbourhood.  The
+gate averages each channel over the whole image, and decides how much of each channel to keep.
 
 For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 
@@ -17,8 +17,8 @@ can stack their matrices W11..W1K and get one layer with the same output: SENetV
 K = 4 *is* SENet with r = 8, in function, in parameters and in training.  That one layer is what we
 run.  LiteralBranches has the K layers apart, as the paper draws them; a test compares the two.
 
-Reading order: the gates and the network, then data.py.  On a first reading, skip what follows:
-networks to compare with, and weights from elsewhere.
+Read down to the end of build_model, then data.py.  The two sections after it, on networks to
+compare with and on weights from elsewhere, can wait.
 
 Papers: SENetV2 (arXiv 2311.10807), SENet (arXiv 1709.01507), ResNet (arXiv 1512.03385).
 Where we differ: the text and the figure of SENetV2 say y = x * s, but its released Keras code
@@ -67,8 +67,8 @@ class SqueezeExcitation(nn.Module):
         """The factor alone, (B, C, 1, 1): s in (0, 1), or 1 + s in (1, 2) with residual=True."""
         # torch's assert, because Python's would stop torch.fx
         torch._assert(x.dim() == 4, f"a gate maps (B, C, H, W), not {x.shape}")
-        # The same as x.mean((2, 3)), but fast for maps in the memory format channels_last: the
-        # permutation moves no data.  That form slows a training step at 224 pixels by 8% (H200).
+        # The same as x.mean((2, 3)), which would slow a training step at 224 pixels by 8% (H200).
+        # In train.py, maps lie in memory channels last, so this permutation moves no data.
         z = x.permute(0, 2, 3, 1).mean((1, 2))                  # squeeze -> (B, C)
         u = F.relu(self.reduce(z))                              # all K layers at once -> (B, K*C/r)
         s = torch.sigmoid(self.expand(u))[..., None, None]      # excite -> (B, C, 1, 1)
@@ -82,8 +82,8 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
     """The gate of SENetV2 (arXiv 2311.10807, section 3): K hidden layers, run as one wide layer.
 
     So it is SqueezeExcitation with another default, K = 4; arguments, shapes and errors are alike.
-    Its weights also start alike: the range of nn.Linear's first weights depends on the number of
-    inputs, which is C for one wide layer and for K narrow ones.
+    Its first weights have the same distribution, too: their range in nn.Linear depends on the
+    number of inputs alone, which is C in both cases.
     """
 
     def __init__(self, channels, reduction=32, *, cardinality=4, residual=False):
@@ -106,15 +106,15 @@ class LiteralBranches(nn.Module):
         u = torch.cat([F.relu(branch(z)) for branch in self.branches], dim=1)   # (B, K*C/r)
         return torch.sigmoid(self.expand(u))[..., None, None]
 
-    def forward(self, x):                                       # (B, C, H, W), the same again
+    def forward(self, x):                                       # (B, C, H, W) -> (B, C, H, W)
         return x * self.excite(x.mean((2, 3)))
 
 
 # -------------------------------------------------------------------------------------- The network
 
 # To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  It is made with
-# the number of channels and, by name, reduction, cardinality and residual.  If it counts, draws or
-# decides anything in Python, train it with --no-cuda-graph: on a GPU, kernels alone are replayed.
+# the number of channels and, by name, reduction, cardinality and residual.  If its Python counts,
+# decides or draws random numbers, pass --no-cuda-graph: a GPU replays a recording, without Python.
 GATES = {"senet": SqueezeExcitation, "senetv2": AggregatedSqueezeExcitation}
 OURS = ("resnet", *GATES)
 PEERS = ("mobilenet_v2", "efficientnet_b0", "resnext50_32x4d", "convnext_tiny", "vit")
@@ -124,7 +124,8 @@ STEMS = ("imagenet", "cifar")
 class GatedBottleneck(Bottleneck):
     """torchvision's bottleneck, with a gate between the last batch norm and the residual addition.
 
-    build_model adds self.gate later, so that from one seed all networks draw the same convolutions.
+    conv1 to bn3, relu and downsample are torchvision's.  self.gate is set by build_model, after all
+    else has been built, so that from one seed all networks draw the same convolutions.
     """
 
     def forward(self, x):                                       # (B, inplanes, H, W)
@@ -234,7 +235,7 @@ def load_weights(net, source, name):
     """
     own = net.state_dict()
 
-    def fitting(place, prefix, tensors):
+    def fitting(prefix, tensors):
         return {key: tensors[prefix + key] for key in own
                 if prefix + key in tensors and tensors[prefix + key].shape == own[key].shape}
 
@@ -243,9 +244,9 @@ def load_weights(net, source, name):
                for place, tensors in tensor_dicts(read_weights(source, name))
                for prefix in dict.fromkeys(key[:end] for key in tensors
                                            for end, last in enumerate("." + key) if last == ".")]
-    place, prefix, tensors = best = max(choices, key=lambda choice: len(fitting(*choice)),
-                                        default=("", "", {}))
-    if not (taken := fitting(*best)):
+    place, prefix, tensors = max(choices, key=lambda choice: len(fitting(*choice[1:])),
+                                 default=("", "", {}))
+    if not (taken := fitting(prefix, tensors)):
         raise ValueError(f"no tensor of {source} has a name and shape of {name}'s; give the "
                          "weights of a similar network")
     net.load_state_dict(taken, strict=False)

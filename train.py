@@ -2,36 +2,41 @@
 
 The weights w start at random.  In a step, the network maps a batch of images to logits, one score
 per class.  The loss L says how wrong they are.  Its gradient dL/dw says for each weight in which
-direction L grows, so we move the weight a little in the other one; lr is the learning rate:
+direction L grows, so we move the weight a little in the opposite direction; lr is the learning
+rate:
 
-    w  <-  w - lr * dL/dw           (Adam first divides each gradient by its own recent size)
+    w  <-  w - lr * dL/dw
 
-In every book a step is these five lines, and in `train` below they are the same five:
+SGD does just this.  Adam, the default, takes an average of recent gradients instead of the last
+one, and divides it by their typical size.  In every textbook, a step has these five lines:
 
     logits = net(images)                        # forward: (B, 3, H, W) -> (B, classes)
     loss = F.cross_entropy(logits, labels)      # -log of the probability of the right class
     optimizer.zero_grad()                       # gradients add up: forget those of the last step
     loss.backward()                             # backward: dL/dw of every weight
-    optimizer.step()                            # the equation above
+    optimizer.step()                            # move the weights
 
-The real loop adds three things, which stand in sections of their own: it can run in several
-processes, record its step for a GPU, and save itself.  Read "The loop" and "What a step uses"
-first, then the settings.  Each other section says when you need it.
+They are the body of `training_step` below.  Around it, the loop does three things more, which stand
+in sections of their own: it can run in several processes, it has its step recorded for a GPU, and
+it saves itself.  Read "The loop" and "What a step uses" first, then the settings.  Each other
+section says when you need it.
 
     python train.py                                             shapes: minutes on a laptop
     python train.py --dataset cifar100                          SENetV2-50, as in the paper
     torchrun --nproc-per-node 8 train.py --dataset cifar100     the same batches on eight GPUs
 
-A run is a folder, named by what defines its result: config.json holds its settings, and hardware
-and versions of its last start; metrics.csv one row per epoch; last.pt all that it needs to go on.
+A run is a folder, named by what defines its result: config.json holds its settings, and the
+machine and the versions of its last start; metrics.csv one row per epoch; last.pt all that it
+needs to go on.
 
 There is one way to stop a run: end its process, by Ctrl-C, by a kill, by a power cut.  There is one
 way to start it: give the command, which goes on from last.pt if there is one.  The steps since then
-are done once more, and on a CPU the run ends with the bits of one that was never stopped: each
-batch is a function of (seed, epoch, step), and what a process draws at random one of (seed, step).
+are done once more, and on a CPU the run ends with the bits of one that was never stopped: the batch
+of a step depends on (seed, epoch, step) alone, and so do the random numbers of the network.
 """
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -43,7 +48,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
+from unittest import mock
 
 PARENT = os.getppid()       # of torchrun, if that started us; read first, for torch takes seconds
 
@@ -55,7 +60,7 @@ import torchvision
 from data import DATASETS, FOLDERS, ImageError, Preprocess, load_data, mix, printable
 from senetv2 import GATES, OURS, PEERS, STEMS, build_model, load_weights
 
-# torchrun sets these: which process this is, of how many, and the same within one machine.
+# torchrun sets these: the number of this process and how many there are, in all and on one machine.
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 WORLD, LOCAL_WORLD = (int(os.environ.get(name + "_SIZE", 1)) for name in ("WORLD", "LOCAL_WORLD"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -63,43 +68,60 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # ----------------------------------------------------------------------------------------- The loop
 
 
+@dataclasses.dataclass
+class Run:
+    """What last.pt holds besides the network and the optimiser."""
+
+    settings: dict              # what defines the result, by name
+    classes: list               # their names
+    data_digest: str            # of the images: a run does not go on with others
+    about: dict                 # the machine and the versions of the last start
+    losses: torch.Tensor        # of each step of the current epoch: the mean loss,
+    accuracies: torch.Tensor    # and the share of right answers
+    step: int = 0               # steps done, in all epochs
+    history: list = dataclasses.field(default_factory=list)     # a dict per finished epoch
+
+
 def train(run, net, optimizer, data, args):
-    """Train `net` from where `run` stands to the last epoch; save now and then, and at the end."""
-    settings, model = run.settings, parallel(net, args.compile)
+    """Train `net` from step `run.step` to the last epoch; save now and then, and at the end."""
+    settings, model = run.settings, parallel(net, args.compile)     # model is net, wrapped
     total = settings["epochs"] * data.steps
     autocast = torch.autocast(data.device.type, torch.bfloat16,
                               enabled=trains_in_bfloat16(data.device))
 
-    def forward_backward(images, labels):
-        """Leave the gradients in the weights' .grad; return mean loss and share of right answers.
+    def training_step(images, labels):
+        """The mean loss of a batch before the step, and its share of right answers.
 
-        Before the first step all classes are about as likely: the loss is near ln(classes), 2.3
-        for ten.  A much larger one, or one that does not fall, hints at an error in the code.
+        A network that knows nothing gives all classes the same probability, 1/classes.  So the
+        first loss should be near ln(classes): 2.3 for ten.  A much larger one hints at an error.
         """
         with autocast:                                      # on new GPUs, products in 16 bits
             logits = model(images)                                              # (B, classes)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
-        optimizer.zero_grad()       # remove it: steps follow the sum of all gradients so far
+        optimizer.zero_grad()       # else each step would follow the sum of all gradients so far
         loss.backward()
+        optimizer.step()
         return loss.detach(), (logits.argmax(1) == labels).float().mean()
 
+    # On a GPU, Python runs this function only twice: later calls replay what it told the GPU to do.
+    # To print something from it, or to debug it, pass --no-cuda-graph.
     if args.cuda_graph and data.device.type == "cuda" and WORLD == 1 and not args.compile:
-        forward_backward = Recorded(forward_backward)
+        training_step = Recorded(training_step, optimizer)
     checkpoint, progress = Saver(run, net, optimizer, args), Progress(run, total)
 
     for epoch in range(len(run.history), settings["epochs"]):
         # In training mode, batch norm uses the mean and deviation of each batch, and dropout drops.
         # In evaluation mode, the norm uses averages over many batches, and nothing is dropped: the
-        # answer for an image does not depend on the others.  (Forget to switch, and see.)
+        # answer for an image does not depend on the others.  (Take this line out: after the first
+        # evaluation, training goes on in evaluation mode.  Watch the test loss.)
         net.train()
-        first = run.step - epoch * data.steps       # above 0 only where a killed run goes on
+        first_step = run.step - epoch * data.steps  # above 0 only where a killed run goes on
         began = time.monotonic()
 
-        for i, (images, labels) in enumerate(data.train_batches(epoch, first), first):
+        for i, (images, labels) in enumerate(data.train_batches(epoch, first_step), first_step):
             seed_step(settings["seed"], run.step)
             set_rate(optimizer, learning_rate(run.step, total, settings["warmup"], settings["lr"]))
-            loss, accuracy = forward_backward(images, labels)
-            optimizer.step()
+            loss, accuracy = training_step(images, labels)
 
             # They stay on the device: to read a number from a GPU is to wait for it.
             run.losses[i], run.accuracies[i] = over_processes(loss), over_processes(accuracy)
@@ -108,33 +130,33 @@ def train(run, net, optimizer, data, args):
             checkpoint.if_due(epoch_ended=False)
 
         check_finite(run, net)                  # it waits for the device, so the clock is right
-        speed = (data.steps - first) * data.batch_size / (time.monotonic() - began)
+        speed = (data.steps - first_step) * data.batch_size / (time.monotonic() - began)
         test, _ = evaluate(net, data)
 
         # Training loss and accuracy are means over the epoch, of weights that still changed and of
         # augmented images; test figures are of the weights at its end, and of images as they are.
-        # So early on, test may be better.  Training far above test is overfitting: the network
-        # knows its training images by heart.
+        # So early in a run, test results may be better.  If training accuracy is far above test
+        # accuracy, the network overfits: it knows its training images by heart.
         run.history.append(dict(
             epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"],
             train_loss=run.losses.mean().item(), train_top1=percent(run.accuracies.mean()),
             **test, images_per_second=speed))
         write_metrics(run, args.out)
         say(in_words(run.history[-1]) + progress.left())
-        checkpoint.if_due(epoch_ended=True)
+        checkpoint.if_due(epoch_ended=True)     # always after the last epoch
 
 
 # --------------------------------------------------------------------------------- What a step uses
 
 
 def learning_rate(step, total, warmup, peak):
-    """Up to `peak` in a line over the first `warmup` share of the steps, then down as a cosine.
+    """Rises in a line to `peak` over the first `warmup` share of the steps, then falls as a cosine.
 
     Up, because at first the gradients of random weights point anywhere, and Adam has seen too few
     to know their size.  Down, because each batch gives a noisy gradient: with small steps the noise
-    averages out, and the weights settle.  (Try --warmup 0, or a constant rate.)
+    averages out, and the weights settle.  (Try --warmup 0, or return `peak` in every step.)
 
-    The peak is reached twice, in the last step of the rise and the first after it; 0 never is.
+    Two steps have the peak rate: the last of the rise and the first after it.  No step has rate 0.
     """
     rise = max(1, round(warmup * total))
     if step < rise:
@@ -150,10 +172,10 @@ def set_rate(optimizer, rate):
 def make_optimizer(net, settings):
     """Adam, or SGD with Nesterov momentum.
 
-    Weight decay adds a pull towards 0 to the gradient: among networks that fit the data alike, take
-    the one with small weights.  Norms and biases do not decay: they only scale and shift, and have
-    too few numbers to learn anything by heart.  In Adam, this pull is divided by the gradient's
-    size like the rest; AdamW (arXiv 1711.05101) decays the weights themselves, and we do not.
+    Weight decay adds decay * w to each gradient, a pull towards 0: of two networks that fit the
+    data alike, we prefer the one with smaller weights.  Norms and biases do not decay: they only
+    scale and shift, and there are too few of them to learn images by heart.  Adam divides this pull
+    by the gradient's size, like the rest.  AdamW (arXiv 1711.05101) would not; we do not use it.
     """
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1],
                    weight_decay=settings["weight_decay"]),
@@ -175,19 +197,20 @@ def evaluate(net, data):
     most likely class is right, in %; with more than five classes also top5, the share with the
     right one among the five most likely.
 
-    A run's result is that of its last epoch.  The best epoch is chosen by looking at the test
-    images, and so it is too good: part of it is luck, which new images would not have.
+    A run's result is that of its last epoch.  To report the best epoch would be to choose by the
+    test images: part of its lead is luck, which it would not have on new images.
     """
     if WORLD > 1:       # all processes evaluate with the running means of process 0
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
 
-    def measures(images, labels):       # in float32: in 16 bits, large logits are often equal
+    def measures(images, labels):       # without autocast: in 16 bits, large logits may be equal
         logits = net(images)
         loss = F.cross_entropy(logits.double(), labels, reduction="none")
         hits = logits.topk(min(5, len(data.classes))).indices == labels[:, None]    # (B, 5)
         return torch.stack([torch.ones_like(loss), loss, hits[:, 0], hits.any(1)], dim=1)
 
+    # One row per class; its columns are the number of images, and the sums of what was measured.
     table = sums_per_class(net, data, measures)                                     # (classes, 4)
     count, loss, top1, top5 = table.sum(0).tolist()
     test = dict(test_loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
@@ -230,14 +253,14 @@ def four_stages(text):
 
 
 # The paper says Adam, cross-entropy, ResNet-50 and, in its tables, r = 32 and K = 4.  It does not
-# say the rest, so the rest is our choice.  A recipe changes some of the defaults below, and a data
-# set wins over the recipe.
+# say the rest, so the rest is our choice.  A recipe changes some of the defaults below.  A data set
+# can change them, too; where both do, that of the data set counts.
 RECIPES = {
     "paper": {},
     "strong": dict(stem="cifar", optimizer="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.1,
                    epochs=100),
 }
-FOR_DATASET = {     # the embedded set is for a laptop: the paper's small network, a short run
+FOR_DATASET = {     # the built-in set is for a laptop: the paper's small network, a short run
     "shapes": dict(layers="1,1,1,1", epochs=3, batch_size=64),
     "folder": dict(images_per_class=0),
 }
@@ -322,21 +345,25 @@ def over_processes(value):
 
 
 def trains_in_bfloat16(device):
-    """Whether we do: on Ampere GPUs and later.  It needs no loss scaling."""
+    """Whether we train in bfloat16 on this device: on Ampere GPUs and later."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Recorded:
-    """A function of tensors whose kernels are recorded as a CUDA graph, and replayed.
+    """A training step whose forward and backward pass are recorded as a CUDA graph, and replayed.
 
-    The first call runs as it is (cuDNN tries its kernels in it), the second records, later ones
-    replay.  Recording computes nothing, so Python may read no value from the GPU.  Its numbers and
-    branches stay as they are then, and so do all addresses: a call copies its inputs there, and
-    overwrites what the last call returned.
+    On small images, a GPU finishes its work sooner than Python can hand out the next piece.  So the
+    first call runs as it is (in it, cuDNN tries its kernels), and the second records what Python
+    tells the GPU to do, without doing it.  From then on, a call replays the recording, all at once.
+
+    A replay works on the same memory: new inputs are copied into the recorded input tensors, and
+    what the last call returned is overwritten.  Numbers and branches of Python stay as they were in
+    the recording, and while recording, Python may read no value from the GPU.  The optimiser's step
+    is left out of the recording and follows each replay, because its rate is a number of Python.
     """
 
-    def __init__(self, function):
-        self.function, self.calls = function, 0
+    def __init__(self, function, optimizer):
+        self.function, self.optimizer, self.calls = function, optimizer, 0
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -347,11 +374,13 @@ class Recorded:
         for buffer, tensor in zip(self.buffers, inputs):
             buffer.copy_(tensor)
         self.graph.replay()
+        self.optimizer.step()
         return self.result
 
     def record(self, inputs):
         self.buffers, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
         with explained("the training step cannot be recorded", "pass --no-cuda-graph"), \
+                mock.patch.object(self.optimizer, "step"), \
                 torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # loader threads
             self.result = self.function(*self.buffers)
 
@@ -381,7 +410,7 @@ class Progress:
             say(f"step {self.run.step}/{self.total}  loss {loss:.3f}{self.left()}", end="")
 
     def left(self):
-        """In words; evaluations count as soon as there has been one."""
+        """The time left, at the mean speed so far, evaluations included."""
         seconds = (time.monotonic() - self.began) / max(1, self.run.step - self.first)
         return f"  {seconds * (self.total - self.run.step) / 60:.1f} min left"
 
@@ -407,20 +436,22 @@ def say(text, end="\n"):
 
 
 class Saver:
-    """Writes last.pt when --checkpoint-minutes have passed since the last time, or an epoch has
-    ended and a sixth of them has; and at the end of the run."""
+    """Writes last.pt if --checkpoint-minutes have passed since it was last written.  At the end of
+    an epoch, a sixth of that time is enough; at the end of the run, it is written in any case."""
 
     def __init__(self, run, net, optimizer, args):
         self.state, self.args, self.saved_at = (run, net, optimizer), args, time.monotonic()
 
     def if_due(self, epoch_ended):
         run, net, _ = self.state
-        now, seconds = time.monotonic(), self.args.checkpoint_minutes * (10 if epoch_ended else 60)
-        finished = len(run.history) == run.settings["epochs"]
-        if finished or RANK == 0 and now - self.saved_at > seconds:
-            if not epoch_ended:             # at the end of an epoch, the loop has asked
+        now, wait = time.monotonic(), 60 * self.args.checkpoint_minutes
+        if epoch_ended:
+            wait /= 6
+        due = RANK == 0 and now - self.saved_at > wait
+        if due or len(run.history) == run.settings["epochs"]:
+            if not epoch_ended:             # at the end of an epoch, the loop has checked
                 check_finite(run, net)
-            save(*self.state, self.args.out)            # the others wait for it in their next step
+            save(*self.state, self.args.out)    # other processes wait for this one in the next step
             self.saved_at = now
 
 
@@ -467,7 +498,7 @@ def write_config(run, folder):
 
 
 def check_finite(run, net):
-    """Raises ValueError if a loss or a weight is no longer finite: last.pt never holds such."""
+    """Raises ValueError if a loss or a weight is no longer finite; such weights are never saved."""
     if not all(tensor.isfinite().all() for tensor in (run.losses, *net.state_dict().values())):
         raise ValueError(f"before step {run.step}, a loss or a weight was no longer finite; "
                          "last.pt, if there is one, is older; try a smaller --lr")
@@ -575,13 +606,9 @@ def run_training(args, settings, device):
     net = build_network(settings, data.classes).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net, settings)
 
-    # All that last.pt holds beside the network and the optimiser: what makes it this run and no
-    # other, where it runs, the steps done, a dict per finished epoch, and of each step of the
-    # running epoch the mean loss and the share of right answers.
-    run = SimpleNamespace(settings=settings, classes=data.classes, data_digest=data.digest,
-                          about=describe_machine(net, data), step=0, history=[],
-                          losses=torch.zeros(data.steps, device=device),
-                          accuracies=torch.full((data.steps,), math.nan, device=device))
+    run = Run(settings, data.classes, data.digest, describe_machine(net, data),
+              losses=torch.zeros(data.steps, device=device),
+              accuracies=torch.full((data.steps,), math.nan, device=device))      # not measured yet
     with lock(args.out) if RANK == 0 else contextlib.nullcontext():
         saved = [None]                      # a list, which broadcast_object_list fills
         if RANK == 0 and (args.out / "last.pt").exists():
@@ -642,7 +669,7 @@ def start_training(run, net, optimizer, data, args):
 
 
 def describe_machine(net, data):
-    """What config.json holds beside the settings."""
+    """What config.json holds besides the settings."""
     hardware = (torch.cuda.get_device_name() if data.device.type == "cuda"
                 else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
     return dict(

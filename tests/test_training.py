@@ -1,8 +1,10 @@
 """Settings, names of runs, errors in one line, what a run leaves behind."""
+import contextlib
 import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,6 +130,23 @@ def test_a_recipes_optimiser_decays_neither_norms_nor_biases(recipe, kind, decay
     assert first["weight_decay"] == decay and second["weight_decay"] == 0
     assert {p.ndim for p in first["params"]} == {2, 4} and {p.ndim for p in second["params"]} == {1}
     assert len(first["params"]) + len(second["params"]) == len(list(net.parameters()))
+
+
+def test_a_recorded_step_is_replayed_and_the_optimiser_steps_after_each_replay(monkeypatch):
+    done = []
+    graph = SimpleNamespace(replay=lambda: done.append("replay"))
+    optimizer = SimpleNamespace(step=lambda: done.append("step"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: contextlib.nullcontext())
+
+    def function(x):
+        done.append("python")
+        optimizer.step()
+        return 2 * x
+    recorded, inputs = train.Recorded(function, optimizer), torch.arange(4.0)
+    results = [recorded(x).item() for x in inputs]
+    assert done == ["python", "step", "python", "replay", "step", *["replay", "step"] * 2]
+    assert results == [0, 2, 2, 2] and recorded.buffers == [3]      # nothing computes in this graph
 
 
 def test_only_a_gpu_that_computes_in_bfloat16_does(monkeypatch):
