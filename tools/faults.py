@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +23,8 @@ import train
 from test_senetv2 import draw_folder, eight_steps, same_result
 
 
-SAID = {"SIGKILL": "", "full disk": "cannot write", "second process": "another process is training"}
+SAID = {"SIGKILL": "", "full disk": "cannot write", "second process": "another process is training",
+        "launcher": ""}
 CASES = [(source, world) for source in ("shapes", "folder") for world in (1, 2)]
 
 
@@ -30,7 +32,7 @@ def main(argv=None):
     """Disturb runs at random moments, and print how many end as if they had been left alone.
 
     Most are killed twice; some meet a full disk, or the same command typed twice, and must say so.
-    A run survives if the command, given once more, ends with the bits of an undisturbed run.  It
+    In one of ten, torchrun is killed, and its processes must end by themselves.  A run survives if the command, given once more, ends with the bits of an undisturbed run.  It
     forks, so it does not run on Windows.
     """
     parser = argparse.ArgumentParser(prog="tools.faults")
@@ -51,6 +53,8 @@ def main(argv=None):
 
         for number in range(trials):
             case, fault = CASES[number % 4], [*SAID][max(0, number // 4 % 6 - 3)]
+            if number % 10 == 9:
+                case, fault = CASES[1 + number // 10 % 2 * 2], "launcher"
             trouble, step = trial(root, case, fault, rng, seconds[case])
             survived[fault, case].append(not trouble)
             late += [step > 0] * (fault == "SIGKILL")
@@ -64,7 +68,8 @@ def main(argv=None):
           "|---|---|---|---|---|")
     for fault in SAID:
         found = [survived[fault, case] for case in CASES]
-        print(f"| {fault} | {' | '.join(f'{sum(row)}/{len(row)}' for row in found)} |")
+        cells = [f"{sum(row)}/{len(row)}" if row else "-" for row in found]
+        print(f"| {fault} | {' | '.join(cells)} |")
     sys.exit(total < trials or sum(late) < len(late) / 2)
 
 
@@ -72,7 +77,9 @@ def trial(root, case, fault, rng, seconds):
     """(what went wrong, in words, or None; the last step that a process resumed after)"""
     shutil.rmtree(root / "trial", ignore_errors=True)
     (root / "said").unlink()
-    for _ in range(2 if fault == "SIGKILL" else 1):
+    if fault == "launcher" and not launcher_killed(root, case[0], rng):
+        return "processes outlived torchrun", 0
+    for _ in range(dict(SIGKILL=2, launcher=0).get(fault, 1)):
         runs = [launch(root, "trial", case, fault) for _ in range(1 + (fault == "second process"))]
         if fault == "SIGKILL":
             time.sleep(rng.uniform(0, seconds))
@@ -89,6 +96,22 @@ def trial(root, case, fault, rng, seconds):
         assert same_result(root / "trial", root / str(case))
         return None, step
     return "the result is another one", step
+
+
+def launcher_killed(root, source, rng):
+    """Start a run of two processes by torchrun, kill that alone, and see whether they end, too."""
+    flags = eight_steps(source, root, root / "trial", "--checkpoint-minutes", "0", "--workers", "2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "train.py", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(rng.uniform(5, 40))        # its start takes most of that
+    process.kill()
+    try:
+        process.communicate(timeout=60)         # the pipe closes when the last of them ends
+        return True
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def launch(root, name, case, fault=None):
