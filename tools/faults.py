@@ -32,8 +32,9 @@ def main(argv=None):
     """Disturb runs at random moments, and print how many end as if they had been left alone.
 
     Most are killed twice; some meet a full disk, or the same command typed twice, and must say so.
-    In one of ten, torchrun is killed, and its processes must end by themselves.  A run survives if the command, given once more, ends with the bits of an undisturbed run.  It
-    forks, so it does not run on Windows.
+    In one of ten, torchrun is killed, and its processes must end by themselves.  A run survives if
+    the command, given once more, ends with the bits of an undisturbed run.  This program forks, so
+    it does not run on Windows.
     """
     parser = argparse.ArgumentParser(prog="tools.faults")
     parser.add_argument("--trials", type=int, default=100, help="runs to disturb (default: 100)")
@@ -101,8 +102,8 @@ def trial(root, case, fault, rng, seconds):
 def launcher_killed(root, source, rng):
     """Start a run of two processes by torchrun, kill that alone, and see whether they end, too."""
     flags = eight_steps(source, root, root / "trial", "--checkpoint-minutes", "0", "--workers", "2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "train.py", *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               "2", "train.py", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(rng.uniform(5, 40))        # its start takes most of that

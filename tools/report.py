@@ -127,7 +127,8 @@ def print_results(shared, networks):
         for name in ordered:
             means = map(statistics.fmean, zip(*(run["top1"] for run in networks[name].values())))
             print(f"    line [{', '.join(f'{mean:.2f}' for mean in means)}]")
-        print("```\n\nLines: " + "; ".join(map(" ".join, zip(ordered, itertools.cycle(COLOURS)))) + ".")
+        lines = map(" ".join, zip(ordered, itertools.cycle(COLOURS)))
+        print("```\n\nLines: " + "; ".join(lines) + ".")
 
 
 def difference(top1, name, base):
