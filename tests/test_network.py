@@ -14,7 +14,7 @@ import senetv2
 import train
 from senetv2 import OURS, SqueezeExcitation, build_model
 from test_senetv2 import HERE, SMALL, assert_equal
-from tests.conftest import ONE_STEP, Hostile, complaint
+from tests.conftest import ONE_STEP, Hostile, complaint, folder_flags
 from tools import evaluate
 
 # what torch says of a hostile file
@@ -71,7 +71,7 @@ def test_peers_are_torchvisions_and_fit_both_image_sizes(name, size):
     assert type(net).__module__.startswith("torchvision.models")
 
 
-def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
+def test_a_gate_of_ones_own_is_any_module(folder, tmp_path, monkeypatch, capsys):
     page = (HERE / "docs" / "workshop.md").read_text()
     code, = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
              if "class Constant" in code]
@@ -80,9 +80,9 @@ def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(senetv2, "OURS", (*OURS, "constant"))
     monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", (*OURS, "constant"), "a gate"))
     monkeypatch.setitem(train.USED_BY, "layers", ("constant",))
-    train.main([*ONE_STEP, "--model", "constant", "--out", str(tmp_path)])
-    evaluate.main(["--checkpoint", str(tmp_path)])
-    assert "no picture of the gates" in capsys.readouterr().out.splitlines()[-1]
+    train.main([*folder_flags(folder, tmp_path / "run"), "--model", "constant"])
+    evaluate.main(["--checkpoint", str(tmp_path / "run"), "--data-dir", str(folder)])
+    assert "no picture of the gates" in capsys.readouterr().out
 
     other = nn.Sequential(nn.Conv2d(3, 8, 3), names["Constant"](8))         # in another network
     assert other(torch.randn(2, 3, 9, 9)).shape == (2, 8, 7, 7)

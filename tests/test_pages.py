@@ -85,11 +85,11 @@ def test_make_runs_exactly_these_commands(words, commands):
 def test_clean_leaves_runs_and_data_and_help_names_every_target(tmp_path):
     shutil.copy(HERE / "Makefile", tmp_path)
     kept = {"Makefile", "runs", "data", "results", "tools", "tests", "mine"}
-    for name in (*kept - {"Makefile"}, ".venv", "__pycache__", "tests/__pycache__", ".pytest_cache"):
-        (tmp_path / name).mkdir(exist_ok=True, parents=True)
+    for name in (*kept - {"Makefile"}, ".venv", ".pytest_cache", "tools/__pycache__"):
+        (tmp_path / name).mkdir(parents=True)
     make("clean", "-C", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == kept
-    assert not (tmp_path / "tests" / "__pycache__").exists()
+    assert not (tmp_path / "tools" / "__pycache__").exists()
     targets = re.findall(r"^([a-z]+[0-9]?):", (HERE / "Makefile").read_text(), re.M)
     assert len(targets) > 12 and {line.split()[0] for line in make() if line} >= {*targets}
 
