@@ -10,11 +10,14 @@ from urllib.error import URLError
 
 import pytest
 import torch
+import torchvision
 
 import data
 import train
+from senetv2 import build_model
 from test_senetv2 import (  # noqa
     HERE,
+    SMALL,
     on_the_cpu,
     same_start,
     save_image,
@@ -35,6 +38,15 @@ def gpu(monkeypatch):
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision(precision)
+
+
+STATISTICS = {      # mean and deviation, copied from where they are published
+    "shapes": ((0.4989, 0.5013, 0.5020), (0.2852, 0.2843, 0.2846)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+EXPECTED = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.transforms()   # by its weights
+STATISTICS |= dict.fromkeys(("imagenet", "folder"), (EXPECTED.mean, EXPECTED.std))
 
 
 def no_network(*args, **kwargs):
@@ -91,6 +103,7 @@ def end_workers(source):
 
 QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2",        # 12 steps
          "--device", "cpu"]
+ONE_STEP = ["--train-images", "32", "--batch-size", "32", "--epochs", "1", "--device", "cpu"]
 
 
 def complaint(capsys, *flags, main=train.main):
@@ -103,24 +116,49 @@ def complaint(capsys, *flags, main=train.main):
     return text
 
 
+def finished_flags(out):
+    """A small rate, because the running means must keep up with the weights."""
+    return [*QUICK, "--lr", "1e-4", "--weights", str(out.with_name("start.pt")), "--out", str(out)]
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """The folder of a run of two short epochs; what the command line said lies beside it."""
+    """The folder of a run of two short epochs; what the command line said lies beside it.
+
+    Its first weights are exaggerated: gates and answers differ from image to image.
+    """
     out = tmp_path_factory.mktemp("finished") / "run"
-    process = subprocess.run([sys.executable, HERE / "train.py", *QUICK, "--out", out],
+    torch.manual_seed(0)
+    net = build_model("senetv2", 10, SMALL)
+    for name, weight in net.named_parameters():
+        if name.endswith("gate.expand.weight"):
+            weight.data *= 30
+    net.fc.weight.data *= 5
+    torch.save(net.state_dict(), out.with_name("start.pt"))
+    process = subprocess.run([sys.executable, HERE / "train.py", *finished_flags(out)],
                              capture_output=True, text=True)
     assert process.returncode == 0 and process.stderr == ""
     out.with_name("said").write_text(process.stdout)
+
+    images = torch.stack([data.Preprocess("shapes")(image)[0] for image
+                          in data.draw_shapes(1000, seed=2)[0][:200]])
+    with torch.no_grad():
+        predicted = train.load(out)(images).argmax(1)
+    assert len(predicted.unique()) > 5, "a network that answers alike shows no error"
     return out
 
 
 @contextlib.contextmanager
 def start(*flags, processes=1):
-    """train.py in a process of its own, or in several by torchrun; none outlives the test."""
+    """train.py in a process of its own, or in several by torchrun; none outlives the test.
+
+    Ctrl-C reaches them even where it is ignored, as in a job of a script's background.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher * (processes > 1), HERE / "train.py", *flags]
     process = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, start_new_session=True)
+                               stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         yield process
     finally:

@@ -25,7 +25,7 @@ from test_senetv2 import (
     numbered,
     save_image,
 )
-from tests.conftest import add_image, load_folder, no_network
+from tests.conftest import STATISTICS, add_image, load_folder, no_network
 
 
 def test_processes_share_each_batch_and_some_get_an_empty_one(folder):
@@ -48,8 +48,12 @@ def test_processes_share_each_batch_and_some_get_an_empty_one(folder):
 def test_train_images_takes_the_first_of_a_seeded_shuffle():
     small, large = (set(data.subset(1000, count, seed=4).tolist()) for count in (50, 200))
     assert len(small) == 50 and small < large
-    assert small != set(data.subset(1000, 50, seed=5).tolist())
-    assert data.load_data("shapes", train_images=128).train_size == 128
+    images, _ = data.draw_shapes(12000, seed=1)
+    for seed in (0, 5):
+        kept = np.random.default_rng([seed]).permutation(12000)[:40]
+        source = data.load_data("shapes", train_images=40, seed=seed)
+        assert torch.equal(source.view(np.arange(40)), images[np.sort(kept)])
+        assert (source.train_size, source.test_size) == (40, 1000)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index_and_can_be_turned_off(folder):
@@ -94,6 +98,18 @@ def test_crops_and_flips_are_torchvisions_and_uniform():
     assert len(set(seen)) == 9 * 9 * 2
 
 
+def test_crops_of_a_folder_take_8_to_100_percent_of_its_images_in_many_forms(folder):
+    y, x = torch.meshgrid(*[torch.arange(256, dtype=torch.uint8)] * 2, indexing="ij")
+    save_image(torch.stack([x, y, y]), folder / "train/cat/cat_0.JPEG")     # red says where in x
+    source = load_folder(folder)
+    views = torch.cat([source.view([0], epoch).float() for epoch in range(300)])
+    wide, high = (views[:, channel].flatten(1) for channel in (0, 1))
+    sides = [(values.amax(1) - values.amin(1)) / 256 * 32 / 31 for values in (wide, high)]
+    areas, forms = sides[0] * sides[1], sides[0] / sides[1]
+    assert 0.06 < areas.min() < 0.12 and 0.9 < areas.max() < 1.02 and 0.4 < areas.mean() < 0.56
+    assert 0.7 < forms.min() < 0.8 and 1.25 < forms.max() < 1.42         # 3/4 to 4/3
+
+
 def test_another_pixel_label_or_class_is_another_set_in_memory():
     def identity(changed=None):
         parts = [torch.zeros(count, *shape, dtype=torch.uint8) for count, shape in
@@ -120,7 +136,7 @@ def test_shapes_are_always_the_same_with_ten_equal_classes_and_the_tables_statis
     assert_equal(data.draw_shapes.__wrapped__(12000, seed=1), (images, labels))     # drawn anew
     assert torch.bincount(labels).tolist() == [1200] * 10
     deviation, mean = torch.std_mean(images.double() / 255, (0, 2, 3))
-    known = torch.tensor(data.STATISTICS["shapes"], dtype=torch.float64)
+    known = torch.tensor(STATISTICS["shapes"], dtype=torch.float64)
     torch.testing.assert_close(torch.stack([mean, deviation]), known, atol=6e-5, rtol=0)
 
 
@@ -180,5 +196,5 @@ def test_cifar_is_read_in_its_original_format_or_refused_with_the_way_out(datase
     assert_equal([ours.view(np.arange(36)), ours.labels, ours.classes], [pixels, labels, names])
 
     # never augmented, in order, and normalised as torchvision does
-    oracle = v2.functional.normalize(pixels[test].float() / 255, *data.STATISTICS[dataset])
+    oracle = v2.functional.normalize(pixels[test].float() / 255, *STATISTICS[dataset])
     torch.testing.assert_close(joined(ours.test_batches()), (oracle, labels[test]))

@@ -14,7 +14,7 @@ import senetv2
 import train
 from senetv2 import OURS, SqueezeExcitation, build_model
 from test_senetv2 import HERE, SMALL, assert_equal
-from tests.conftest import QUICK, Hostile, complaint
+from tests.conftest import ONE_STEP, Hostile, complaint, folder_flags
 from tools import evaluate
 
 # what torch says of a hostile file
@@ -71,7 +71,7 @@ def test_peers_are_torchvisions_and_fit_both_image_sizes(name, size):
     assert type(net).__module__.startswith("torchvision.models")
 
 
-def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
+def test_a_gate_of_ones_own_is_any_module(folder, tmp_path, monkeypatch, capsys):
     page = (HERE / "docs" / "workshop.md").read_text()
     code, = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
              if "class Constant" in code]
@@ -80,9 +80,9 @@ def test_a_gate_of_ones_own_is_any_module(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(senetv2, "OURS", (*OURS, "constant"))
     monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", (*OURS, "constant"), "a gate"))
     monkeypatch.setitem(train.USED_BY, "layers", ("constant",))
-    train.main([*QUICK[:4], "--epochs", "1", "--model", "constant", "--out", str(tmp_path)])
-    evaluate.main(["--checkpoint", str(tmp_path)])
-    assert "no picture of the gates" in capsys.readouterr().out.splitlines()[-1]
+    train.main([*folder_flags(folder, tmp_path / "run"), "--model", "constant"])
+    evaluate.main(["--checkpoint", str(tmp_path / "run"), "--data-dir", str(folder)])
+    assert "no picture of the gates" in capsys.readouterr().out
 
     other = nn.Sequential(nn.Conv2d(3, 8, 3), names["Constant"](8))         # in another network
     assert other(torch.randn(2, 3, 9, 9)).shape == (2, 8, 7, 7)
@@ -130,17 +130,21 @@ def test_weights_are_taken_as_they_come_where_name_and_shape_agree(wrapped, fini
 
 
 def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
-    flags = [*QUICK, "--weights", str(finished), "--lr", "0", "--out", str(tmp_path / "run")]
-    train.main(flags)
-    assert "new: 0 []; unused: 0 []" in capsys.readouterr().out
+    start = ["--weights", str(finished), "--lr", "0", "--zero-init"]
+    train.main([*ONE_STEP, *start, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "new: 0 []; unused: 0 []" in said
     given, weights = train.load(finished), train.load(tmp_path / "run")     # at a rate of 0
     assert_equal(*(dict(net.named_parameters()) for net in (given, weights)))
+
+    # So the norms do not start at 0, which is said.
+    assert given.layer1[0].bn3.weight.all() and re.search("^zero_init: ", said, re.M)
 
     torch.save({"step": 3}, tmp_path / "other.pt")
     for source, said in ((tmp_path / "other.pt", "no tensor of"),
                          (tmp_path / "x", "there is no file"),
                          (HERE / "README.md", "holds no weights")):
-        assert said in complaint(capsys, *QUICK, "--weights", source, "--out", tmp_path / "else")
+        assert said in complaint(capsys, *ONE_STEP, "--weights", source, "--out", tmp_path / "a")
 
 
 def test_the_line_about_weights_names_their_place_and_prefix(tmp_path):
@@ -172,10 +176,3 @@ def test_safetensors_are_read_where_the_package_is(tmp_path):
     torch_files.save_file(other.state_dict(), tmp_path / "a.safetensors")
     senetv2.load_weights(net, tmp_path / "a.safetensors", "resnet")
     assert_equal(net.state_dict(), other.state_dict())
-
-
-def test_weights_overwrite_the_start_at_0_which_is_said(finished, tmp_path, capsys):
-    flags = [*QUICK, "--weights", str(finished), "--lr", "0", "--out", str(tmp_path), "--zero-init"]
-    train.main(flags)
-    assert "zero_init: batch norms that are among the weights" in capsys.readouterr().out
-    assert train.load(tmp_path).layer1[0].bn3.weight.all()

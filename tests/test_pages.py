@@ -3,6 +3,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,30 +55,68 @@ def test_only_what_was_typed_for_this_make_counts(target):
         "-n", target, "PYTHON=python3")
 
 
-def test_commands_that_make_prints_run_as_they_are_written():
-    assert make("-n", "look", "OUT=a b.png", "PYTHON=p") == ["p data.py --out 'a b.png'"]
-    assert " ".join(make("-n", "table", "STEM=cifar", "IMAGE_SIZE=64", "PYTHON=p")[0].split()) == (
-        "p -m tools.table --stem 'cifar' --image-size '64'")
-    assert not any("venv" in line for line in make("-n", "paper", "TRAIN=echo", "SEEDS=0"))
-
-
-@pytest.mark.parametrize("words, count, said", [
-    ("paper", 24, ("--dataset cifar100 --layers 3,4,6,3 --model senetv2 --seed 1",
-                   "--dataset cifar10 --layers 1,1,1,1 --model senet --reduction 16 --seed 0")),
-    ("paper LAYERS=1,1,1,1 DATASET=imagenet EPOCHS=2", 8, ("--layers 1,1,1,1 --epochs 2",)),
-    ("experiment1", 4, ("cifar10", "--model senet --reduction 16")),
-    ("experiment2", 8, ("cifar100", "--reduction 2")), ("experiment3", 6, ("--model senetv2",)),
-    ("experiment4", 4, ("--residual",)), ("experiment5", 8, ("--model vit",)),
-    ("experiment6", 12, ("--model resnet --zero-init", "--model senetv2 --zero-init")),
+@pytest.mark.parametrize("words, commands", [
+    ("train", "p train.py"),
+    ("train NPROC=2", "p -m torch.distributed.run --standalone --nproc-per-node 2 train.py"),
+    ("train DATASET=folder DATA_DIR=d IMAGE_SIZE=64 MODEL=senet RECIPE=strong LAYERS=1,1,1,1 "
+     "STEM=cifar REDUCTION=8 CARDINALITY=2 WEIGHTS=w EPOCHS=4 BATCH_SIZE=16 LR=0.2 TRAIN_IMAGES=99 "
+     "IMAGES_PER_CLASS=50 SEED=7 DEVICE=cpu OUT=o ARGS=--no-augment",
+     "p train.py --dataset folder --data-dir d --image-size 64 --model senet --recipe strong "
+     "--layers 1,1,1,1 --stem cifar --reduction 8 --cardinality 2 --weights w --epochs 4 "
+     "--batch-size 16 --lr 0.2 --train-images 99 --images-per-class 50 --seed 7 --device cpu "
+     "--out o --no-augment"),
+    ("evaluate CHECKPOINT=c DATA_DIR=d", "p -m tools.evaluate --checkpoint c --data-dir d"),
+    ("predict IMAGE=i CHECKPOINT=c", "p -m tools.predict --image i --checkpoint c"),
+    ("look OUT=o DATASET=cifar10", "p data.py --dataset cifar10 --out o"),
+    ("table STEM=cifar IMAGE_SIZE=64", "p -m tools.table --stem cifar --image-size 64"),
+    ("bench LAYERS=1,1,1,1 ARGS=--compile", "p -m tools.bench --layers 1,1,1,1 --compile"),
+    ("test ARGS=-x", "p -m pytest -q -rs -x"), ("faults", "p -m tools.faults"),
+    ("report", "p -m tools.report runs results"),
+    ("results", "{ cat results/about.md && p -m tools.report results; } > results/README.tmp\n"
+                "mv results/README.tmp results/README.md"),
+    ("pictures", "p train.py\np -m tools.evaluate\np data.py --out assets/shapes.png\n"
+                 "cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png"),
 ])
-def test_experiments_are_lists_of_commands_that_parse(words, count, said):
-    lines = make(*words.split(), "PYTHON=python3", "TRAIN=echo", "SEEDS=0 1")
-    parsed = [train.parse_args(shlex.split(line)) for line in lines]
-    assert len(lines) == len({args.out for args, _ in parsed}) == count
-    assert all(any(part in line for line in lines) for part in said)
+def test_make_runs_exactly_these_commands(words, commands):
+    printed = make("-n", *words.split(), "PYTHON=p")
+    assert list(map(shlex.split, printed)) == list(map(shlex.split, commands.splitlines()))
 
-    seeds = [settings["seed"] for _, settings in parsed]
-    assert seeds == [0] * (count // 2) + [1] * (count // 2)         # whole comparisons first
+
+def test_clean_leaves_runs_and_data_and_help_names_every_target(tmp_path):
+    shutil.copy(HERE / "Makefile", tmp_path)
+    kept = {"Makefile", "runs", "data", "results", "tools", "tests", "mine"}
+    for name in (*kept - {"Makefile"}, ".venv", ".pytest_cache", "tools/__pycache__"):
+        (tmp_path / name).mkdir(parents=True)
+    make("clean", "-C", str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == kept
+    assert not (tmp_path / "tools" / "__pycache__").exists()
+    targets = re.findall(r"^([a-z]+[0-9]?):", (HERE / "Makefile").read_text(), re.M)
+    assert len(targets) > 12 and {line.split()[0] for line in make() if line} >= {*targets}
+
+
+WIDTHS = ["resnet", "senet", "senet --reduction 16", "senetv2"]
+
+
+@pytest.mark.parametrize("words, data, networks, more", [
+    ("paper", ["cifar100 --layers 3,4,6,3", "cifar10 --layers 1,1,1,1",
+               "cifar10 --layers 3,4,6,3"], WIDTHS, ""),
+    ("paper LAYERS=1,1,1,1 DATASET=imagenet EPOCHS=2", ["imagenet"], WIDTHS,
+     " --dataset imagenet --layers 1,1,1,1 --epochs 2"),
+    ("experiment1", ["cifar10"], ["senet", "senet --reduction 16"], ""),
+    ("experiment2", ["cifar100"],
+     ["senet --reduction 16", "senetv2", "senet --reduction 4", "senet --reduction 2"], ""),
+    ("experiment3", ["cifar10"], ["senetv2", "senet --reduction 16", "senet"], ""),
+    ("experiment4", ["cifar10"], ["senetv2", "senetv2 --residual"], ""),
+    ("experiment5", ["cifar100"], ["mobilenet_v2", "efficientnet_b0", "resnext50_32x4d", "vit"],
+     ""),
+    ("experiment6", ["cifar100"], ["resnet", "resnet --zero-init", "senet", "senet --zero-init",
+                                   "senetv2", "senetv2 --zero-init"], ""),
+])
+def test_experiments_are_lists_of_commands_that_parse(words, data, networks, more):
+    lines = [" ".join(line.split()) for line in make(*words.split(), "TRAIN=echo")]
+    assert lines == [f"--dataset {name} --model {network} --seed {seed}{more}"
+                     for seed in range(5) for name in data for network in networks]
+    assert len({train.parse_args(shlex.split(line))[0].out for line in lines}) == len(lines)
 
 
 PAGES = {str(page.relative_to(HERE)): page.read_text() for page in (
@@ -129,7 +168,10 @@ def test_the_results_are_what_the_report_prints(monkeypatch, capsys):
     monkeypatch.chdir(HERE)
     report.main(["results"])
     page = Path("results", "about.md").read_text() + capsys.readouterr().out
-    assert PAGES["results/README.md"] == page
+    assert PAGES["results/README.md"].startswith(Path("results", "about.md").read_text())
+    written, printed = (re.findall(r"^(?:[|#]|    line).*|^Lines.*|^- .*", text, re.M)
+                        for text in (PAGES["results/README.md"], page))
+    assert written == printed and len(printed) > 50     # tables, charts, headings and lists
 
 
 def test_the_answers_and_the_verdict_follow_from_the_raw_files():

@@ -1,30 +1,35 @@
 """Settings, names of runs, errors in one line, what a run leaves behind."""
 import contextlib
+import copy
+import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
+import data
 import train
 from senetv2 import build_model
-from test_senetv2 import HERE, SMALL, eight_steps, rows
-from tests.conftest import QUICK, complaint, folder_flags, no_network
+from test_senetv2 import HERE, SMALL, assert_equal, eight_steps, rows
+from tests.conftest import complaint, finished_flags, folder_flags, no_network
 
 
 def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, capsys):
-    lines, (_, last) = finished.with_name("said").read_text().splitlines(), rows(finished)
+    said, (_, last) = finished.with_name("said").read_text(), rows(finished)
+    lines = said.splitlines()
     printed = [line.split()[:2] for line in lines if line.startswith("epoch ")]
     assert printed == [["epoch", row["epoch"]] for row in rows(finished)]
-    assert f"done: top-1 {float(last['top1']):.2f}%" in lines[-3]
-    for line, next_step in zip(lines[-2:], ("evaluate", "predict")):
-        assert f"make {next_step} CHECKPOINT={finished}" in line
+    for next_step in ("evaluate", "predict"):
+        line, = [line for line in lines if f"make {next_step} CHECKPOINT={finished}" in line]
         assert (f"PYTHON={sys.executable}" in line) == (sys.prefix != str(HERE / ".venv"))
-    rate = 5e-4 * (1 + math.cos(math.pi * 10 / 11))     # in step 11 of 0 to 11; one warms up
+    rate = 0.5e-4 * (1 + math.cos(math.pi * 10 / 11))   # in step 11 of 0 to 11; one warms up
     assert float(last["lr"]) == pytest.approx(rate)
 
     settings = json.loads((finished / "config.json").read_text())["settings"]
@@ -32,9 +37,10 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     assert settings.items() >= wanted.items()
 
     before = (finished / "last.pt").stat()
-    train.main([*QUICK, "--out", str(finished)])
-    first, *rest = capsys.readouterr().out.splitlines()
-    assert "already finished, nothing trained" in first and rest == lines[-3:]
+    train.main(finished_flags(finished))
+    again = capsys.readouterr().out
+    assert all(f"{float(last['top1']):.2f}%" in printed for printed in (said, again))
+    assert "finished" in again and "epoch 2" not in again
     assert (finished / "last.pt").stat().st_mtime_ns == before.st_mtime_ns
 
 
@@ -96,9 +102,129 @@ def test_a_run_is_named_by_what_defines_its_result(flags, said, name, capsys):
     assert not said or settings[unused] == train.defaults("paper", args.dataset)[unused]
 
 
-def test_layers_have_one_form_however_they_are_typed():
+def test_defaults_are_these_and_a_data_set_wins_over_a_recipe():
+    usual = dict(
+        dataset="cifar10", model="senetv2", recipe="paper", layers="3,4,6,3", stem="imagenet",
+        reduction=32, cardinality=4, residual=False, zero_init=False, weights=None,
+        optimizer="adam", lr=0.001, warmup=0.05, weight_decay=0.0, label_smoothing=0.0, epochs=30,
+        batch_size=128, train_images=0, images_per_class=250, image_size=224, augment=True, seed=0)
+    strong = dict(recipe="strong", stem="cifar", optimizer="sgd", lr=0.1, weight_decay=0.0005,
+                  label_smoothing=0.1, epochs=100)
+    shapes = dict(dataset="shapes", layers="1,1,1,1", epochs=3, batch_size=64)
+    for words, expected in (
+            ("--dataset cifar10", usual), ("--dataset cifar10 --recipe strong", usual | strong),
+            ("", usual | shapes), ("--recipe strong", usual | strong | shapes),
+            ("--dataset folder", usual | dict(dataset="folder", images_per_class=0)),
+            ("--dataset imagenet", usual | dict(dataset="imagenet"))):
+        assert train.parse_args(words.split())[1] == expected
     args, settings = train.parse_args(["--layers", " 3, 04,6 ,3", "--dataset", "cifar10"])
-    assert settings["layers"] == "3,4,6,3" and "layers" not in args.out.name
+    assert settings == usual and "layers" not in args.out.name      # however they are typed
+
+
+BASE = ("--dataset folder --image-size 32 --layers 1,1,1,1 --train-images 8 --batch-size 4 "
+        "--epochs 1 --workers 0 --device cpu --data-dir").split()
+
+
+def watched(out, monkeypatch, *flags):
+    """A run: the weights at its start, what the network saw, random seeds, rates, and the end."""
+    seen = SimpleNamespace(start=None, batches=[], draws=[], rates=[], end=None)
+
+    def look(net, inputs):
+        seen.batches.append(*inputs)
+        seen.draws.append(torch.initial_seed())
+
+    def parallel(net, compiled, inner=train.parallel):
+        seen.start = copy.deepcopy(net.state_dict())
+        net.register_forward_pre_hook(look)
+        return inner(net, compiled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "parallel", parallel)
+        patch.setattr(train, "set_rate", lambda optimizer, rate, inner=train.set_rate: (
+            seen.rates.append(rate), inner(optimizer, rate)))
+        patch.setattr(train, "evaluate", lambda net, data: (dict(top1=0.0), []))
+        patch.setattr(train, "save", lambda run, net, *rest: setattr(seen, "end", net.state_dict()))
+        train.main([*map(str, flags), "--out", str(out)])
+    return seen
+
+
+CHANGED = {     # setting -> flags, and what differs by them at once; the weights in the end always
+    "dataset": ("--dataset shapes", "start batches"), "model": ("--model senet", "start"),
+    "recipe": ("--recipe strong", "start rates"), "layers": ("--layers 1,1,2,1", "start"),
+    "stem": ("--stem cifar", "start"), "reduction": ("--reduction 16", "start"),
+    "cardinality": ("--cardinality 2", "start"), "residual": ("--residual", ""),
+    "zero_init": ("--zero-init", "start"), "weights": ("--weights w.pt", "start"),
+    "optimizer": ("--optimizer sgd", ""), "lr": ("--lr 0.1", "rates"),
+    "warmup": ("--warmup 1", "rates"), "weight_decay": ("--weight-decay 0.1", ""),
+    "label_smoothing": ("--label-smoothing 0.1", ""),
+    "epochs": ("--epochs 2", "batches draws rates"),
+    "batch_size": ("--batch-size 2", "batches draws rates"),
+    "train_images": ("--train-images 9", "batches"), "augment": ("--no-augment", "batches"),
+    "images_per_class": ("--images-per-class 5", "batches"),
+    "image_size": ("--image-size 40", "batches"), "seed": ("--seed 1", "start batches draws"),
+}
+USUAL = {}      # the run without any of them
+
+
+@pytest.mark.parametrize("key", train.SETTINGS)
+def test_every_setting_changes_the_run_and_nothing_but_its_part(key, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(9)
+    torch.save(build_model("senetv2", 2, SMALL).state_dict(), "w.pt")
+    usual = USUAL.get(0) or USUAL.setdefault(0, watched(
+        tmp_path / "usual", monkeypatch, *BASE, whole / "images"))
+    flags, parts = CHANGED[key]
+    run = watched(tmp_path / "run", monkeypatch, *BASE, whole / "images", *flags.split())
+
+    differ = set()
+    for part, value in vars(run).items():
+        with contextlib.suppress(AssertionError):
+            assert_equal(value, getattr(usual, part))
+            continue
+        differ.add(part)
+    assert differ == {*parts.split(), "end"}
+
+
+def test_a_run_is_a_plain_loop(whole, tmp_path, monkeypatch):
+    root, images = whole / "images", dict(train_images=8, image_size=32)
+    run = watched(tmp_path, monkeypatch, *BASE, root, *"--seed 3 --optimizer sgd --lr 0.01 "
+                  "--epochs 2 --weight-decay 0.5 --label-smoothing 0.2 --warmup 0.5".split())
+    torch.manual_seed(3)
+    net = build_model("senetv2", 2, SMALL).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD([dict(params=[p], weight_decay=0.5 * (p.ndim > 1))
+                                 for p in net.parameters()], lr=1, momentum=0.9, nesterov=True)
+    batches = [batch for epoch in (0, 1) for batch in data.load_data(
+        "folder", root, batch_size=4, seed=3, **images).train_batches(epoch)]
+    for (x, y), rate in zip(batches, (0.005, 0.01, 0.01, 0.005), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        wanted = F.one_hot(y, 2) * 0.8 + 0.1        # 0.2 are shared by both classes
+        loss = -(wanted * net(x).log_softmax(1)).sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(run.end, net.state_dict())
+
+
+def test_compile_reaches_torch_and_vit_is_told_the_image_size(whole, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    watched(tmp_path, monkeypatch, *BASE, whole / "images", "--compile")
+    assert len(compiled) == 1
+    for words, size in (("--dataset folder --image-size 64", 64), ("--dataset cifar10", 32)):
+        _, settings = train.parse_args([*words.split(), "--model", "vit"])
+        with torch.device("meta"):
+            net = train.build_network(settings, ["a", "b"])
+        assert net.image_size == size and net.heads.head.out_features == 2
+
+
+def test_dropout_differs_by_seed_process_and_step(monkeypatch):
+    drawn = set()
+    for seed, rank, step in itertools.product((0, 1), repeat=3):
+        monkeypatch.setattr(train, "RANK", rank)
+        train.seed_step(seed, step)
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 8
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
@@ -124,12 +250,10 @@ def test_a_recipes_optimiser_decays_neither_norms_nor_biases(recipe, kind, decay
     _, settings = train.parse_args(["--recipe", recipe])
     net = build_model("senetv2", 10, SMALL)
     optimizer = train.make_optimizer(net, settings)
-    first, second = optimizer.param_groups
-
     assert type(optimizer) is kind and optimizer.defaults.get("nesterov", True)
-    assert first["weight_decay"] == decay and second["weight_decay"] == 0
-    assert {p.ndim for p in first["params"]} == {2, 4} and {p.ndim for p in second["params"]} == {1}
-    assert len(first["params"]) + len(second["params"]) == len(list(net.parameters()))
+    decays = [(id(p), group["weight_decay"]) for group in optimizer.param_groups
+              for p in group["params"]]
+    assert sorted(decays) == sorted((id(p), decay * (p.ndim > 1)) for p in net.parameters())
 
 
 def test_a_recorded_step_is_replayed_and_the_optimiser_steps_after_each_replay(monkeypatch):
@@ -157,9 +281,13 @@ def test_only_a_gpu_that_computes_in_bfloat16_does(monkeypatch):
         assert train.trains_in_bfloat16(torch.device("cpu")) is False
 
 
-def test_a_loss_that_is_no_number_stops_the_run(whole, tmp_path, capsys):
-    text = complaint(capsys, *eight_steps("folder", whole, tmp_path, "--lr", "1e30"))
-    assert "before step 4, a loss" in text and not (tmp_path / "last.pt").exists()
+@pytest.mark.parametrize("minutes, steps", [("1", "4"), ("0", "[23]")])    # or within an epoch
+def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(minutes, steps, whole, tmp_path,
+                                                                 capsys):
+    flags = eight_steps("folder", whole, tmp_path, "--lr", "1e30", "--checkpoint-minutes", minutes)
+    assert re.search(f"step {steps}, ", complaint(capsys, *flags))
+    saved = train.read_checkpoint(tmp_path)["model"] if (tmp_path / "last.pt").exists() else {}
+    assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
 def test_a_batch_of_one_is_refused_only_where_it_cannot_be_normalised(folder, tmp_path, capsys):
