@@ -25,8 +25,8 @@ zeros per side, cropped back and flipped (arXiv 1512.03385, section 4.2).  Image
 cropped at random to 8-100% of their area, resized and flipped.
 An incomplete last batch is not trained on.
 
-Read down to "Sets in memory".  The later sections, on the shapes, CIFAR and folders of images, are
-for those who want to know how their images are read.
+Read to the end of "Sets in memory", then load_data, then train.py.  The sections on the shapes,
+CIFAR and folders are for those who want to know how their images are read.
 
     python data.py                                          draw a contact sheet of shapes
     python data.py --dataset cifar10 --data-dir data        the same of CIFAR-10
@@ -54,7 +54,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
 
 # --------------------------------------------------------------------------------------- Statistics
 
-# Mean and standard deviation of each colour over all pixels of all training images, from 0 to 1.
+# Mean and standard deviation of each colour over all pixels of all training images, in 0 to 1.
 # The 0.2023, 0.1994, 0.2010 that is often copied for CIFAR-10 averages the deviations within single
 # images, and is too small.
 STATISTICS = {
@@ -69,7 +69,7 @@ STATISTICS["folder"] = STATISTICS["imagenet"]       # close enough for any photo
 class Normalise:
     """uint8 (B, 3, H, W) -> float32, each colour with mean 0 and deviation 1 over the data set.
 
-    The first weights are drawn for inputs of that magnitude, and no colour outweighs the others.
+    The initial weights are drawn for inputs of that magnitude, and no colour outweighs the others.
     """
 
     def __init__(self, dataset, device="cpu"):
@@ -101,7 +101,7 @@ def subset(size, count, seed):
 
 
 class Images:
-    """What the two kinds of data sets share.  Images have numbers: those for training come first.
+    """What the two kinds of data sets share.  Images are numbered, training images first.
 
     classes       the names of the classes.
     labels        int64 (N,), of all images; the first train_size of them are for training.
@@ -115,8 +115,8 @@ class Images:
     labels, (B,).
     """
 
-    left_out = {}       # in folders: ending -> the number of files with it, which is no image's
-    files = None        # in folders: a digest of all files, also of those that are not used
+    left_out = {}       # in folders: ending -> the number of files with it that are no images
+    files = None        # in folders: a digest of all files, including unused ones
 
     def __init__(self, dataset, classes, labels, train_size, content, *,
                  device, batch_size, seed, augment, rank, world):
@@ -146,7 +146,7 @@ class Images:
         numbers = np.arange(self.train_size, len(self.labels))
         batches = [numbers[start + self.rank:start + self.batch_size:self.world]
                    for start in range(0, self.test_size, self.batch_size)]
-        # Every process gets equally many batches, some of which may be empty.
+        # Every process gets the same number of batches, some of which may be empty.
         for images, labels in self.gather(None, batches):
             yield self.normalise(images), labels
 
@@ -238,7 +238,7 @@ SHAPES = {
 
 
 def draw_shapes(count, seed, size=32):
-    """Draw figures, equally many of each class: uint8 (count, 3, size, size) and labels (count,).
+    """Draw figures, as many of each class: uint8 (count, 3, size, size) and labels (count,).
 
     Place, size, rotation and both colours vary, so no single pixel says anything about the class.
     """
@@ -284,7 +284,7 @@ def read_cifar(dataset, root):
     """
     source = getattr(datasets, dataset.upper())
     try:
-        train = source(root, train=True, download=True)     # what is there is not downloaded again
+        train = source(root, train=True, download=True)     # only what is not there yet
         test = source(root, train=False)
     except (RuntimeError, OSError) as error:                # no network is an OSError
         raise FileNotFoundError(
@@ -320,7 +320,7 @@ class ImageError(ValueError):
 def read_image(path):
     """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ImageError, in one line."""
     try:
-        with Image.open(path) as image:                 # of an animation, the first picture
+        with Image.open(path) as image:                 # of an animation: its first frame
             sixteen = image.mode.startswith("I;16") or (    # these two formats hold no more
                 image.mode == "I" and image.format in ("PNG", "PPM"))
             if (turn := TURNS.get(image.getexif().get(0x0112))) is not None:
@@ -390,7 +390,7 @@ class Folder(Images):
             raise ValueError(f"train/ and val/ under {root} hold different classes; only in one of "
                              f"them: {printable(', '.join(different[:5]))}")
 
-        # Names and sizes identify a folder: one that only moved stays the same.
+        # Names and sizes identify a folder, wherever it lies.
         lines = {path: b"%s %d\n" % (os.path.relpath(path, os.fsencode(root)), size_of(path))
                  for path in (*paths, *test_paths)}
         self.files = digest_of(lines.values())

@@ -15,15 +15,15 @@ For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 The K hidden layers of SENetV2 all read the same z, and a ReLU works on each number alone.  So we
 can stack their matrices W11..W1K and get one layer with the same output: SENetV2 with r = 32 and
 K = 4 *is* SENet with r = 8, in function, in parameters and in training.  That one layer is what we
-run.  LiteralBranches has the K layers apart, as the paper draws them; a test compares the two.
+run.  LiteralBranches keeps the K layers apart, as the paper draws them; a test compares the two.
 
 Read down to the end of build_model, then data.py.  The two sections after it, on networks to
 compare with and on weights from elsewhere, can wait.
 
 Papers: SENetV2 (arXiv 2311.10807), SENet (arXiv 1709.01507), ResNet (arXiv 1512.03385).
-Where we differ: the text and the figure of SENetV2 say y = x * s, but its released Keras code
-returns x + x * s.  We follow the text; residual=True follows the code.  As in that code, the dense
-layers have biases and C/r is rounded down.
+Where the sources differ: the text and the figure of SENetV2 say y = x * s, but its released Keras
+code returns x + x * s.  We follow the text; residual=True follows the code.  As in that code, the
+dense layers have biases and C/r is rounded down.
 
     python -m tools.table                 parameters and multiply-adds beside the paper's
 """
@@ -81,8 +81,8 @@ class SqueezeExcitation(nn.Module):
 class AggregatedSqueezeExcitation(SqueezeExcitation):
     """The gate of SENetV2 (arXiv 2311.10807, section 3): K hidden layers, run as one wide layer.
 
-    So it is SqueezeExcitation with another default, K = 4; arguments, shapes and errors are alike.
-    Its first weights have the same distribution, too: their range in nn.Linear depends on the
+    So it is SqueezeExcitation with another default, K = 4, and the same arguments and shapes.
+    Its initial weights have the same distribution, too: their range in nn.Linear depends on the
     number of inputs alone, which is C in both cases.
     """
 
@@ -93,7 +93,7 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
 class LiteralBranches(nn.Module):
     """The same gate as the paper draws it: K hidden layers, a ReLU on each, a concatenation.
 
-    Nothing uses it but the test that compares it with the wide layer, and the speed measurement.
+    Only the test that compares it with the wide layer uses it, and the measurement of speed.
     """
 
     def __init__(self, channels, reduction=32, cardinality=4):
@@ -112,9 +112,10 @@ class LiteralBranches(nn.Module):
 
 # -------------------------------------------------------------------------------------- The network
 
-# To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  It is made with
-# the number of channels and, by name, reduction, cardinality and residual.  If its Python counts,
-# decides or draws random numbers, pass --no-cuda-graph: a GPU replays a recording, without Python.
+# To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  Its constructor
+# gets the number of channels and, by name, reduction, cardinality and residual.  If its forward
+# counts calls, branches on values or uses random numbers of Python, pass --no-cuda-graph: on a GPU,
+# a recording of its operations is replayed, without Python.
 GATES = {"senet": SqueezeExcitation, "senetv2": AggregatedSqueezeExcitation}
 OURS = ("resnet", *GATES)
 PEERS = ("mobilenet_v2", "efficientnet_b0", "resnext50_32x4d", "convnext_tiny", "vit")
@@ -123,6 +124,11 @@ STEMS = ("imagenet", "cifar")
 
 class GatedBottleneck(Bottleneck):
     """torchvision's bottleneck, with a gate between the last batch norm and the residual addition.
+
+    The block computes a correction to its input, and the shortcut adds the input again, so that
+    gradients reach early layers through the sum.  The first 1x1 convolution reduces the channels,
+    which makes the 3x3 one cheap; the last restores them.  A batch norm brings each channel to mean
+    0 and deviation 1 over the batch, then scales and shifts it by learnt numbers.
 
     conv1 to bn3, relu and downsample are torchvision's.  self.gate is set by build_model, after all
     else has been built, so that from one seed all networks draw the same convolutions.
@@ -153,8 +159,8 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
         avgpool             mean over H and W       (B, 2048)               (B, 2048)
         fc                  one dense layer         (B, num_classes)        (B, num_classes)
 
-    name       resnet, senet or senetv2; or a peer, which uses num_classes and options, and vit
-               image_size.
+    name       resnet, senet or senetv2; or one of PEERS, which use only num_classes and options
+               (vit also image_size).
     layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small one.
     stem       "imagenet": 7x7 with stride 2, then max-pooling; layer1 sees 32x32 images as 8x8.
                "cifar": 3x3 with stride 1 and no pooling; they stay 32x32.
@@ -224,9 +230,9 @@ def build_peer(name, num_classes, image_size, **options):
 
 
 def load_weights(net, source, name):
-    """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a line about it.
+    """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a summary.
 
-    source    "imagenet": torchvision's weights of network `name`, or of its trunk.  Or a file of
+    source    "imagenet": torchvision's weights of network `name`, or of its trunk.  Or a file by
               any program, or a run's folder.  A file may hold several dicts of tensors, and the
               names may begin with a prefix such as "module.".  We take the dict and the prefix with
               which most tensors fit; on a tie, the first of them.
@@ -247,7 +253,7 @@ def load_weights(net, source, name):
     place, prefix, tensors = max(choices, key=lambda choice: len(fitting(*choice[1:])),
                                  default=("", "", {}))
     if not (taken := fitting(prefix, tensors)):
-        raise ValueError(f"no tensor of {source} has a name and shape of {name}'s; give the "
+        raise ValueError(f"no tensor of {source} fits {name} in name and shape; give the "
                          "weights of a similar network")
     net.load_state_dict(taken, strict=False)
 

@@ -7,8 +7,9 @@ rate:
 
     w  <-  w - lr * dL/dw
 
-SGD does just this.  Adam, the default, takes an average of recent gradients instead of the last
-one, and divides it by their typical size.  In every textbook, a step has these five lines:
+SGD does just this.  (Ours adds Nesterov momentum: a part of the last move goes on.)  Adam, the
+default, takes an average of recent gradients instead of the last one, and divides it by their
+typical size.  The textbook step is these five lines:
 
     logits = net(images)                        # forward: (B, 3, H, W) -> (B, classes)
     loss = F.cross_entropy(logits, labels)      # -log of the probability of the right class
@@ -16,23 +17,27 @@ one, and divides it by their typical size.  In every textbook, a step has these 
     loss.backward()                             # backward: dL/dw of every weight
     optimizer.step()                            # move the weights
 
-They are the body of `training_step` below.  Around it, the loop does three things more, which stand
-in sections of their own: it can run in several processes, it has its step recorded for a GPU, and
-it saves itself.  Read "The loop" and "What a step uses" first, then the settings.  Each other
-section says when you need it.
+Softmax makes probabilities of the logits: p_k = exp(l_k) / sum over j of exp(l_j).  cross_entropy
+does this itself, and returns the mean of -log p over the batch, for the right classes.  backward
+applies the chain rule from the loss back to the first layer, and adds dL/dw to w.grad.
+
+The five lines are the body of `training_step` below.  Around it, the loop does three more things,
+each in a section of its own: it can run in several processes, it records its step for a GPU, and it
+saves checkpoints.  Read "The loop" and "What a step uses" first, then the settings.  Data, network
+and optimiser are made in `run_training`, by open_data, build_network and make_optimizer.
 
     python train.py                                             shapes: minutes on a laptop
     python train.py --dataset cifar100                          SENetV2-50, as in the paper
-    torchrun --nproc-per-node 8 train.py --dataset cifar100     the same batches on eight GPUs
+    torchrun --nproc-per-node 8 train.py --dataset cifar100     the same images per step, on 8 GPUs
 
 A run is a folder, named by what defines its result: config.json holds its settings, and the
-machine and the versions of its last start; metrics.csv one row per epoch; last.pt all that it
-needs to go on.
+machine and the versions of its last start; metrics.csv one row per epoch; last.pt all that is
+needed to resume.
 
 There is one way to stop a run: end its process, by Ctrl-C, by a kill, by a power cut.  There is one
-way to start it: give the command, which goes on from last.pt if there is one.  The steps since then
-are done once more, and on a CPU the run ends with the bits of one that was never stopped: the batch
-of a step depends on (seed, epoch, step) alone, and so do the random numbers of the network.
+way to start it: give the command, which resumes from last.pt if there is one.  The steps since then
+are repeated, and on a CPU the run ends bit for bit like one that was never stopped: the batch of a
+step depends on (seed, epoch, step) alone, and so do the random numbers in the network.
 """
 import argparse
 import contextlib
@@ -50,7 +55,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-PARENT = os.getppid()       # of torchrun, if that started us; read first, for torch takes seconds
+PARENT = os.getppid()       # torchrun, if that started us; read before importing torch: seconds
 
 import torch
 import torch.distributed as dist
@@ -74,7 +79,7 @@ class Run:
 
     settings: dict              # what defines the result, by name
     classes: list               # their names
-    data_digest: str            # of the images: a run does not go on with others
+    data_digest: str            # of the images: a run refuses to resume on others
     about: dict                 # the machine and the versions of the last start
     losses: torch.Tensor        # of each step of the current epoch: the mean loss,
     accuracies: torch.Tensor    # and the share of right answers
@@ -95,7 +100,7 @@ def train(run, net, optimizer, data, args):
         A network that knows nothing gives all classes the same probability, 1/classes.  So the
         first loss should be near ln(classes): 2.3 for ten.  A much larger one hints at an error.
         """
-        with autocast:                                      # on new GPUs, products in 16 bits
+        with autocast:                                      # on new GPUs, products of 16-bit floats
             logits = model(images)                                              # (B, classes)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
         optimizer.zero_grad()       # else each step would follow the sum of all gradients so far
@@ -103,8 +108,9 @@ def train(run, net, optimizer, data, args):
         optimizer.step()
         return loss.detach(), (logits.argmax(1) == labels).float().mean()
 
-    # On a GPU, Python runs this function only twice: later calls replay what it told the GPU to do.
-    # To print something from it, or to debug it, pass --no-cuda-graph.
+    # On a GPU, Python runs this function only twice; later calls replay what it told the GPU to do,
+    # and then call optimizer.step().  So code that needs the new weights belongs in the loop.  To
+    # print from this function, or to debug it, pass --no-cuda-graph.
     if args.cuda_graph and data.device.type == "cuda" and WORLD == 1 and not args.compile:
         training_step = Recorded(training_step, optimizer)
     checkpoint, progress = Saver(run, net, optimizer, args), Progress(run, total)
@@ -113,9 +119,10 @@ def train(run, net, optimizer, data, args):
         # In training mode, batch norm uses the mean and deviation of each batch, and dropout drops.
         # In evaluation mode, the norm uses averages over many batches, and nothing is dropped: the
         # answer for an image does not depend on the others.  (Take this line out: after the first
-        # evaluation, training goes on in evaluation mode.  Watch the test loss.)
+        # evaluation, training goes on in evaluation mode.  Watch the test loss; on a GPU, with
+        # --no-cuda-graph.)
         net.train()
-        first_step = run.step - epoch * data.steps  # above 0 only where a killed run goes on
+        first_step = run.step - epoch * data.steps  # above 0 only when resuming within an epoch
         began = time.monotonic()
 
         for i, (images, labels) in enumerate(data.train_batches(epoch, first_step), first_step):
@@ -123,7 +130,7 @@ def train(run, net, optimizer, data, args):
             set_rate(optimizer, learning_rate(run.step, total, settings["warmup"], settings["lr"]))
             loss, accuracy = training_step(images, labels)
 
-            # They stay on the device: to read a number from a GPU is to wait for it.
+            # Both stay on the device: reading a number from a GPU means waiting for it.
             run.losses[i], run.accuracies[i] = over_processes(loss), over_processes(accuracy)
             run.step += 1
             progress.show(loss)
@@ -136,7 +143,7 @@ def train(run, net, optimizer, data, args):
         # Training loss and accuracy are means over the epoch, of weights that still changed and of
         # augmented images; test figures are of the weights at its end, and of images as they are.
         # So early in a run, test results may be better.  If training accuracy is far above test
-        # accuracy, the network overfits: it knows its training images by heart.
+        # accuracy, the network overfits: it has memorised its training images.
         run.history.append(dict(
             epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"],
             train_loss=run.losses.mean().item(), train_top1=percent(run.accuracies.mean()),
@@ -150,11 +157,11 @@ def train(run, net, optimizer, data, args):
 
 
 def learning_rate(step, total, warmup, peak):
-    """Rises in a line to `peak` over the first `warmup` share of the steps, then falls as a cosine.
+    """Rises linearly to `peak` over the first `warmup` share of the steps, then falls as a cosine.
 
-    Up, because at first the gradients of random weights point anywhere, and Adam has seen too few
-    to know their size.  Down, because each batch gives a noisy gradient: with small steps the noise
-    averages out, and the weights settle.  (Try --warmup 0, or return `peak` in every step.)
+    Up, because at first the gradient changes much from step to step, and Adam has seen too few
+    gradients to know their size.  Down, because each batch gives a noisy gradient: with small steps
+    the noise averages out, and the weights settle.  (Try --warmup 0, or return `peak` in every step.)
 
     Two steps have the peak rate: the last of the rise and the first after it.  No step has rate 0.
     """
@@ -174,7 +181,7 @@ def make_optimizer(net, settings):
 
     Weight decay adds decay * w to each gradient, a pull towards 0: of two networks that fit the
     data alike, we prefer the one with smaller weights.  Norms and biases do not decay: they only
-    scale and shift, and there are too few of them to learn images by heart.  Adam divides this pull
+    scale and shift, and there are too few of them to memorise images.  Adam divides this pull
     by the gradient's size, like the rest.  AdamW (arXiv 1711.05101) would not; we do not use it.
     """
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1],
@@ -197,8 +204,12 @@ def evaluate(net, data):
     most likely class is right, in %; with more than five classes also top5, the share with the
     right one among the five most likely.
 
-    A run's result is that of its last epoch.  To report the best epoch would be to choose by the
-    test images: part of its lead is luck, which it would not have on new images.
+    A run's result is that of its last epoch.  Reporting the best epoch would mean choosing by the
+    test images: part of its lead is luck, which it would not have on new images.  The same holds
+    for settings.  If you try many, choose by images that you hold back from training.
+
+    In short: top1 = 100 * (net(images).argmax(1) == labels).float().mean(), in evaluation mode.
+    The code sums by class, which also gives the accuracy of each class.
     """
     if WORLD > 1:       # all processes evaluate with the running means of process 0
         for buffer in net.buffers():
@@ -226,6 +237,7 @@ def sums_per_class(net, data, measures):
     sums = 0
     for images, labels in data.test_batches():
         rows = measures(images, labels).double()
+        # row c += the rows of all images whose label is c
         sums += rows.new_zeros(len(data.classes), rows.shape[1]).index_add_(0, labels, rows)
     if WORLD > 1:
         dist.all_reduce(sums)
@@ -237,7 +249,7 @@ def sums_per_class(net, data, measures):
 
 def within(kind, low, high=math.inf):
     """A type for argparse: an int or a finite float from low to high."""
-    def number(text):       # argparse says this name: "invalid number value"
+    def number(text):       # argparse shows this name: "invalid number value"
         if low <= (value := kind(text)) <= high and value < math.inf:
             return value
         raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
@@ -253,8 +265,8 @@ def four_stages(text):
 
 
 # The paper says Adam, cross-entropy, ResNet-50 and, in its tables, r = 32 and K = 4.  It does not
-# say the rest, so the rest is our choice.  A recipe changes some of the defaults below.  A data set
-# can change them, too; where both do, that of the data set counts.
+# say the rest, so we chose it.  A recipe changes some of the defaults below.  A data set
+# can change them, too; if both do, the data set's value wins.
 RECIPES = {
     "paper": {},
     "strong": dict(stem="cifar", optimizer="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.1,
@@ -294,7 +306,7 @@ USED_BY = {         # settings that only some networks or data sets have
     "cardinality": GATES.keys() - {"senet"}, "images_per_class": FOLDERS, "image_size": FOLDERS,
 }
 
-OPTIONS = {         # what does not define a result
+OPTIONS = {         # what is not meant to change a result, beyond rounding
     "data_dir": ("data", str, "where the data set is, or is downloaded to"),
     "workers": (max(1, min(8, CORES // LOCAL_WORLD)), within(int, 0),
                 "imagenet, folder: processes that decode images, per training process"),
@@ -325,7 +337,7 @@ def used(key, settings):
 
 
 # ------------------------------------------------- Several processes; a GPU that replays its step
-# You need this section for several GPUs, or to know why a gate's Python may not run on a GPU.
+# You need this section for several GPUs, or to know why Python may be skipped on a GPU.
 
 
 def parallel(model, compiled):
@@ -352,14 +364,15 @@ def trains_in_bfloat16(device):
 class Recorded:
     """A training step whose forward and backward pass are recorded as a CUDA graph, and replayed.
 
-    On small images, a GPU finishes its work sooner than Python can hand out the next piece.  So the
-    first call runs as it is (in it, cuDNN tries its kernels), and the second records what Python
+    On small images, a GPU finishes an operation before Python can issue the next one.  So the first
+    call runs as it is (in it, cuDNN tries its kernels), and the second records what Python
     tells the GPU to do, without doing it.  From then on, a call replays the recording, all at once.
 
     A replay works on the same memory: new inputs are copied into the recorded input tensors, and
-    what the last call returned is overwritten.  Numbers and branches of Python stay as they were in
-    the recording, and while recording, Python may read no value from the GPU.  The optimiser's step
-    is left out of the recording and follows each replay, because its rate is a number of Python.
+    what the last call returned is overwritten.  Python's numbers and branches are frozen as they
+    were in the recording, and while recording, Python may read no value from the GPU.  The step of
+    the optimiser is left out of the recording and follows each replay, because its rate is a Python
+    number.
     """
 
     def __init__(self, function, optimizer):
@@ -395,10 +408,11 @@ def end_with_launcher():
 
 
 # ------------------------------------------------------------------------- What the terminal shows
+# You need this section to change what is printed.
 
 
 class Progress:
-    """On a terminal, once a second, a line that is written over."""
+    """On a terminal, once a second, a line that overwrites itself."""
 
     def __init__(self, run, total):
         self.run, self.total, self.first, self.shown_at = run, total, run.step, time.monotonic()
@@ -416,7 +430,7 @@ class Progress:
 
 
 def percent(share):
-    """In %, or None for what was not measured in all steps: older code did not."""
+    """In %, or None if some steps were not measured: older code did not."""
     return None if share.isnan() else 100 * share.item()
 
 
@@ -578,7 +592,7 @@ def load(path):
     """The network of a run's folder or checkpoint: on the CPU, in eval mode.
 
     .classes, .settings    the names of its classes, the settings of its run
-    .preprocess            makes an image, uint8 (3, H, W), the batch of one that it predicts from
+    .preprocess            turns an image, uint8 (3, H, W), into the batch of one that it expects
     """
     saved = read_checkpoint(path)
     with usable(path):
@@ -590,6 +604,7 @@ def load(path):
 
 
 # ---------------------------------------------------------------------------------- Starting a run
+# You need this section to know in which order a run is put together.
 
 
 def run_training(args, settings, device):
@@ -629,7 +644,7 @@ def run_training(args, settings, device):
         else:
             say(f"already finished, nothing trained; to train anew, delete {args.out} or pass "
                 "--out (make: OUT=)")
-            if os.access(args.out, os.W_OK):            # what was lost can be made again
+            if os.access(args.out, os.W_OK):            # rewrite what was lost
                 write_metrics(run, args.out)
                 if saved[0]["about"] or not (args.out / "config.json").exists():
                     write_config(run, args.out)
@@ -660,7 +675,7 @@ def start_training(run, net, optimizer, data, args):
 
     try:
         train(run, net, optimizer, data, args)
-    except ImageError as error:             # of a worker, its text is a traceback and the line
+    except ImageError as error:             # from a worker: a traceback, then the message
         check_finite(run, net)
         save(run, net, optimizer, args.out)
         raise ValueError(f"{str(error).rstrip()}; what was trained is saved: put the file back "
@@ -680,7 +695,7 @@ def describe_machine(net, data):
 
 
 def open_data(args, settings, device):
-    """The data set.  One process downloads what is missing, then one of each other machine."""
+    """The data set.  One process downloads what is missing, then one on each other machine."""
     options = {key: settings[key] for key in ("batch_size", "seed", "augment", "train_images",
                                               "images_per_class", "image_size")}
     my_turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
@@ -719,7 +734,7 @@ def check_single_image(settings, classes):
 
 
 def parse_args(argv=None, options={}, program="train.py", description="Train SENetV2 and networks "
-               "to compare with.  The same command again goes on where a run stopped."):
+               "to compare with.  The same command, given again, resumes a stopped run."):
     """(args, settings): all flags, and those that define the result, as a dict of plain values."""
     parser = argparse.ArgumentParser(
         prog=program, description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
@@ -737,7 +752,7 @@ def parse_args(argv=None, options={}, program="train.py", description="Train SEN
     parser.set_defaults(**default)
     args = parser.parse_args(words)
 
-    # What the network or the data set does not use goes back to its default.
+    # What the network or the data set does not use is reset to its default.
     for key in USED_BY:
         if getattr(args, key) != default[key] and not used(key, vars(args)):
             say(f"{key} {getattr(args, key)} is not used by {args.model} on {args.dataset}")

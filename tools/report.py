@@ -137,7 +137,7 @@ def difference(top1, name, base):
             if seed in top1.get(base, {}) and name != base
             and (base == "resnet" or name.split()[0] != "resnet")]
     if len(gaps) < 2:
-        return f"{gaps[0]:+.2f}" if gaps else "-"
+        return f"{gaps[0]:+.2f} (one seed)" if gaps else "-"
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     half = T95[min(len(gaps) - 2, len(T95) - 1)] * error        # of more than 10, a little too wide
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
