@@ -161,7 +161,7 @@ def learning_rate(step, total, warmup, peak):
 
     Up, because at first the gradient changes much from step to step, and Adam has seen too few
     gradients to know their size.  Down, because each batch gives a noisy gradient: with small steps
-    the noise averages out, and the weights settle.  (Try --warmup 0, or return `peak` in every step.)
+    the noise averages out, and the weights settle.  (Try --warmup 0, or always return `peak`.)
 
     Two steps have the peak rate: the last of the rise and the first after it.  No step has rate 0.
     """

@@ -83,7 +83,7 @@ def trial(root, case, fault, rng, seconds):
     for _ in range(dict(SIGKILL=2, launcher=0).get(fault, 1)):
         runs = [launch(root, "trial", case, fault) for _ in range(1 + (fault == "second process"))]
         if fault == "SIGKILL":
-            time.sleep(rng.uniform(0, seconds))
+            time.sleep(rng.uniform(0.2, 1.2) * seconds)     # most of the first fifth is the start
             for rank in rng.permutation(case[1]):       # one first; then, as torchrun does, others
                 runs[0][rank].kill()
         list(map(wait, runs))
