@@ -113,8 +113,9 @@ def test_the_wide_matrix_trains_like_the_literal_branches(sizes):
         wide = zip(*(map(tensor, branch.parameters()) for branch in literal.branches))
         return [*map(torch.cat, wide), *map(tensor, literal.expand.parameters())]
 
-    for mine, theirs in zip(ours.parameters(), stacked(lambda p: p.data)):
-        mine.data = theirs.clone()
+    for mine, theirs in zip(ours.parameters(), stacked(lambda p: p.data), strict=True):
+        mine.data.copy_(theirs)
+        assert mine.shape == theirs.shape
 
     # the outputs count as logits, one class per number
     a = torch.randn(8, sizes[0], 5, 4, dtype=torch.float64, requires_grad=True)

@@ -16,14 +16,7 @@ import data
 import train
 from senetv2 import build_model
 from test_senetv2 import (  # noqa
-    HERE,
-    SMALL,
-    on_the_cpu,
-    same_start,
-    save_image,
-    shapes_drawn_once,
-    whole,
-)
+    HERE, SMALL, on_the_cpu, same_start, save_image, shapes_drawn_once, whole)
 
 
 @pytest.fixture
@@ -140,10 +133,8 @@ def finished(tmp_path_factory):
     assert process.returncode == 0 and process.stderr == ""
     out.with_name("said").write_text(process.stdout)
 
-    images = torch.stack([data.Preprocess("shapes")(image)[0] for image
-                          in data.draw_shapes(1000, seed=2)[0][:200]])
-    with torch.no_grad():
-        predicted = train.load(out)(images).argmax(1)
+    net, images = train.load(out), data.draw_shapes(1000, seed=2)[0][:200]
+    predicted = net(torch.cat([*map(net.preprocess, images)])).argmax(1)
     assert len(predicted.unique()) > 5, "a network that answers alike shows no error"
     return out
 

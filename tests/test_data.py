@@ -17,14 +17,7 @@ from torchvision.transforms import v2
 import data
 from senetv2 import build_model
 from test_senetv2 import (
-    HERE,
-    SMALL,
-    assert_equal,
-    in_memory,
-    joined,
-    numbered,
-    save_image,
-)
+    HERE, SMALL, assert_equal, in_memory, joined, numbered, save_image)
 from tests.conftest import STATISTICS, add_image, load_folder, no_network
 
 

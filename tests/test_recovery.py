@@ -18,14 +18,7 @@ import torch
 import train
 from test_senetv2 import HERE, eight_steps, rows, same_result, stop_at
 from tests.conftest import (
-    Hostile,
-    complaint,
-    edited,
-    folder_flags,
-    load_folder,
-    start,
-    wait_for,
-)
+    Hostile, complaint, edited, folder_flags, load_folder, start, wait_for)
 from tools import evaluate
 
 # what torch says of a hostile file

@@ -12,13 +12,11 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision.models.feature_extraction import create_feature_extractor
-from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import data
 import train
-from senetv2 import build_model
-from test_senetv2 import HERE, SMALL, parameters, rows, save_image
+from test_senetv2 import HERE, SMALL, rows, save_image
 from tests.conftest import STATISTICS, complaint, folder_flags, invent_run, rename_class
 from tools import evaluate, predict, report, table
 
@@ -257,26 +255,23 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
         f"- {tmp_path / name}" for name in ("copied", "list", "newer", "running", "without top1"))]
 
 
-@pytest.mark.parametrize("layers, classes, paper", [((3, 4, 6, 3), 100, (1.28, 5.05, 5.05)),
-                                                    (SMALL, 10, (0.35, 1.40, 1.40))])
-def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(layers, classes, paper,
-                                                                       capsys):
-    table.main([])
-    printed, readme = capsys.readouterr().out, (HERE / "README.md").read_text()
-    with torch.device("meta"):
-        plain, published = ResNet(Bottleneck, layers, classes), build_model("resnet", 1000)
-        nets = [build_model("senet", classes, layers), build_model("senetv2", classes, layers),
-                build_model("senet", classes, layers, reduction=8)]
-    count, work = parameters(plain), table.multiply_adds(plain, 32)
-    assert f"{count:,}" in printed and f"{count:,}" in readme
-
-    channels = np.repeat((256, 512, 1024, 2048), layers)        # of each bottleneck
-    labels = "senet r=32", "senetv2 r=32 K=4", "senet r=8"
-    for label, net, cardinality, claim in zip(labels, nets, (1, 4, 4), paper):
-        units = cardinality * (channels // 32)      # two dense layers, C -> units -> C
-        added = parameters(net) - count
-        assert table.multiply_adds(net, 32) - work == (2 * channels * units).sum()
-        assert f"{label:22}{count + added:12,}{added:11,} {added / count:+8.1%}" in printed
-        assert f"{claim:.2f} M" in printed and f"{count + added:,}" in readme
-    giga = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"]
-    assert round(table.multiply_adds(published, 224) / 1e9, 3) == giga
+def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(capsys):
+    row, found = re.compile(r"^(?:res|se)net.*? {2,}(.*)$", re.M), []
+    for words in ([], ["--image-size", "224"]):
+        table.main(words)
+        found += [line.replace(",", "").replace(" M", "").split()
+                  for line in row.findall(capsys.readouterr().out)]
+    for rows, layers, plain in ((found[:4], (3, 4, 6, 3), 23_712_932),
+                                (found[4:8], SMALL, 8_036_426)):
+        channels = np.repeat((256, 512, 1024, 2048), layers)        # of each bottleneck
+        for width, (count, added, share, claim, work, _) in zip((0, 1, 4, 4), rows, strict=True):
+            units = width * (channels // 32)        # two dense layers with biases, C -> units -> C
+            gates = (2 * channels * units + units + channels).sum() * (width > 0)
+            assert [int(count), int(added)] == [plain + gates, gates]
+            assert claim == "-" or float(claim) == pytest.approx(gates / 1e6, abs=0.01)
+            assert int(work) - int(rows[0][4]) == (2 * channels * units).sum()
+            said = f"{gates:,} ({share})"
+            assert said in (HERE / "README.md").read_text() or layers == SMALL or not width
+            assert share == f"{gates / plain:+.1%}"
+    work = int(found[8][4]) + 2048 * 900        # for 1000 classes, not 100
+    assert round(work / 1e9, 3) == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"]

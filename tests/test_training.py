@@ -71,15 +71,6 @@ def test_bad_input_is_refused_in_one_line(flags, said, capsys, tmp_path, monkeyp
     assert Path("file").read_text() == "in the way"
 
 
-def test_help_shows_the_defaults_that_count(capsys):
-    for flags, epochs in (
-            ("", 3), ("--dataset cifar10", 30), ("--dataset cifar10 --recipe strong", 100)):
-        with pytest.raises(SystemExit):
-            train.main([*flags.split(), "--help"])
-        text = " ".join(capsys.readouterr().out.split())
-        assert f"passes over the training images (default: {epochs})" in text
-
-
 @pytest.mark.parametrize("flags, said, name", [
     ("--dataset cifar10 --epochs 3 --train-images 5000", "",
      "cifar10-senetv2-paper-epochs3-train_images5000-seed0"),
@@ -102,7 +93,7 @@ def test_a_run_is_named_by_what_defines_its_result(flags, said, name, capsys):
     assert not said or settings[unused] == train.defaults("paper", args.dataset)[unused]
 
 
-def test_defaults_are_these_and_a_data_set_wins_over_a_recipe():
+def test_defaults_are_these_as_help_says_and_a_data_set_wins_over_a_recipe(capsys):
     usual = dict(
         dataset="cifar10", model="senetv2", recipe="paper", layers="3,4,6,3", stem="imagenet",
         reduction=32, cardinality=4, residual=False, zero_init=False, weights=None,
@@ -117,6 +108,10 @@ def test_defaults_are_these_and_a_data_set_wins_over_a_recipe():
             ("--dataset folder", usual | dict(dataset="folder", images_per_class=0)),
             ("--dataset imagenet", usual | dict(dataset="imagenet"))):
         assert train.parse_args(words.split())[1] == expected
+        with pytest.raises(SystemExit):
+            train.main([*words.split(), "--help"])
+        text = capsys.readouterr().out.partition("--epochs")[2].partition("--batch")[0]
+        assert f"(default: {expected['epochs']})" in " ".join(text.split())
     args, settings = train.parse_args(["--layers", " 3, 04,6 ,3", "--dataset", "cifar10"])
     assert settings == usual and "layers" not in args.out.name      # however they are typed
 
@@ -185,14 +180,18 @@ def test_every_setting_changes_the_run_and_nothing_but_its_part(key, whole, tmp_
     assert differ == {*parts.split(), "end"}
 
 
-def test_a_run_is_a_plain_loop(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, options", [("Adam", {}),
+                                           ("SGD", dict(momentum=0.9, nesterov=True))])
+def test_a_run_is_a_plain_loop_where_norms_and_biases_do_not_decay(kind, options, whole, tmp_path,
+                                                                   monkeypatch):
     root, images = whole / "images", dict(train_images=8, image_size=32)
-    run = watched(tmp_path, monkeypatch, *BASE, root, *"--seed 3 --optimizer sgd --lr 0.01 "
-                  "--epochs 2 --weight-decay 0.5 --label-smoothing 0.2 --warmup 0.5".split())
+    run = watched(tmp_path, monkeypatch, *BASE, root, *"--seed 3 --lr 0.01 --epochs 2 "
+                  "--weight-decay 0.5 --label-smoothing 0.2 --warmup 0.5 --optimizer".split(),
+                  kind.lower())
     torch.manual_seed(3)
     net = build_model("senetv2", 2, SMALL).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD([dict(params=[p], weight_decay=0.5 * (p.ndim > 1))
-                                 for p in net.parameters()], lr=1, momentum=0.9, nesterov=True)
+    groups = [dict(params=[p], weight_decay=0.5 * (p.ndim > 1)) for p in net.parameters()]
+    optimizer = getattr(torch.optim, kind)(groups, lr=1, fused=True, **options)
     batches = [batch for epoch in (0, 1) for batch in data.load_data(
         "folder", root, batch_size=4, seed=3, **images).train_batches(epoch)]
     for (x, y), rate in zip(batches, (0.005, 0.01, 0.01, 0.005), strict=True):
@@ -242,18 +241,6 @@ def test_a_batch_size_that_does_not_divide_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="33; it must be a multiple of .* processes, 2,"):
         train.run_training(args, settings, torch.device("cpu"))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("recipe, kind, decay", [("paper", torch.optim.Adam, 0.0),
-                                                 ("strong", torch.optim.SGD, 5e-4)])
-def test_a_recipes_optimiser_decays_neither_norms_nor_biases(recipe, kind, decay):
-    _, settings = train.parse_args(["--recipe", recipe])
-    net = build_model("senetv2", 10, SMALL)
-    optimizer = train.make_optimizer(net, settings)
-    assert type(optimizer) is kind and optimizer.defaults.get("nesterov", True)
-    decays = [(id(p), group["weight_decay"]) for group in optimizer.param_groups
-              for p in group["params"]]
-    assert sorted(decays) == sorted((id(p), decay * (p.ndim > 1)) for p in net.parameters())
 
 
 def test_a_recorded_step_is_replayed_and_the_optimiser_steps_after_each_replay(monkeypatch):
