@@ -141,8 +141,10 @@ def test_the_report_compares_networks_of_the_same_start(tmp_path, capsys):
                                                            zero_init=True)))):
         invent_run(tmp_path / str(number), 0, top1, **settings)
     report.main([str(tmp_path)])
-    lines = [line.replace(" (one seed)", "").split(" | ")[:1] + line.split(" | ")[3:]
-             for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    text = capsys.readouterr().out
+    lines = [line.split(" | ")[:1] + line.split(" | ")[3:]
+             for line in text.replace(" (one seed)", "").splitlines() if line.startswith("| ")]
+    assert text.count(" (one seed)") == 7
     assert lines == [
         ["| network", "top-1 (%)", "minus resnet", "minus senet r=32",
          "minus the same without zero-init", "in the paper |"],
