@@ -94,8 +94,6 @@ def end_workers(source):
         source.loader._iterator._shutdown_workers()
 
 
-QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2",        # 12 steps
-         "--device", "cpu"]
 ONE_STEP = ["--train-images", "32", "--batch-size", "32", "--epochs", "1", "--device", "cpu"]
 
 
@@ -110,8 +108,9 @@ def complaint(capsys, *flags, main=train.main):
 
 
 def finished_flags(out):
-    """A small rate, because the running means must keep up with the weights."""
-    return [*QUICK, "--lr", "1e-4", "--weights", str(out.with_name("start.pt")), "--out", str(out)]
+    """12 steps, at a small rate because the running means must keep up with the weights."""
+    return [*ONE_STEP, "--train-images", "192", "--epochs", "2", "--lr", "1e-4", "--weights",
+            str(out.with_name("start.pt")), "--out", str(out)]
 
 
 @pytest.fixture(scope="session")
