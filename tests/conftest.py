@@ -140,10 +140,8 @@ def finished(tmp_path_factory):
 
 @contextlib.contextmanager
 def start(*flags, processes=1):
-    """train.py in a process of its own, or in several by torchrun; none outlives the test.
-
-    Ctrl-C reaches them even where it is ignored, as in a job of a script's background.
-    """
+    """train.py in a process of its own, or in several by torchrun; none outlives the test.  Ctrl-C
+    reaches them even where it is ignored, as in a job that a script puts in the background."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher * (processes > 1), HERE / "train.py", *flags]
     process = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,

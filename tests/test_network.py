@@ -4,6 +4,7 @@ import pickle
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,10 +156,6 @@ def test_weights_that_cannot_be_read_are_refused_with_what_to_give_instead(tmp_p
                                  "vit" if source == "vit" else "resnet")
     assert not Path("hostile").exists()
 
-
-def test_safetensors_are_read_where_the_package_is(tmp_path):
-    torch_files = pytest.importorskip("safetensors.torch")
-    net, other = build_model("resnet", 3, SMALL), build_model("resnet", 3, SMALL)
-    torch_files.save_file(other.state_dict(), tmp_path / "a.safetensors")
-    senetv2.load_weights(net, tmp_path / "a.safetensors", "resnet")
-    assert_equal(net.state_dict(), other.state_dict())
+    library = SimpleNamespace(load_file=lambda path: {**net.state_dict(), "a": torch.ones(3)})
+    monkeypatch.setitem(sys.modules, "safetensors.torch", library)      # it was missing
+    assert "new: 0 []; unused: 1 ['a']" in senetv2.load_weights(net, "a.safetensors", "resnet")

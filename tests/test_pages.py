@@ -55,7 +55,6 @@ def test_only_what_was_typed_for_this_make_counts(target):
 
 
 @pytest.mark.parametrize("words, commands", [
-    ("train", "p train.py"),
     ("train NPROC=2", "p -m torch.distributed.run --standalone --nproc-per-node 2 train.py"),
     ("train DATASET=folder DATA_DIR=d IMAGE_SIZE=64 MODEL=senet RECIPE=strong LAYERS=1,1,1,1 "
      "STEM=cifar REDUCTION=8 CARDINALITY=2 WEIGHTS=w EPOCHS=4 BATCH_SIZE=16 LR=0.2 TRAIN_IMAGES=99 "
