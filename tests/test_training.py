@@ -220,7 +220,7 @@ def test_checkpoints_come_by_the_clock(monkeypatch):
     saver = train.Saver(run, None, None, SimpleNamespace(checkpoint_minutes=2, out=None))
     for now in range(0, 400, 10):
         saver.if_due(epoch_ended=now in (140, 160))
-    assert saved == [130, 160, 290]     # after two minutes; at an epoch's end, after a sixth of that
+    assert saved == [130, 160, 290]     # after two minutes, or a sixth of that as an epoch ends
 
 
 def test_dropout_differs_by_seed_process_and_step(monkeypatch):
