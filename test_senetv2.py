@@ -89,12 +89,16 @@ def joined(batches):
     return tuple(map(torch.cat, zip(*batches)))
 
 
-def assert_equal(actual, expected):
+def equal(actual, expected):
     """Bit for bit, also within lists and dicts."""
     (values, form), (others, other_form) = map(tree_flatten, (actual, expected))
-    assert form == other_form
-    assert all(torch.equal(x, y) and x.dtype == y.dtype if torch.is_tensor(x) else x == y
-               for x, y in zip(values, others))
+    return form == other_form and all(
+        torch.equal(x, y) and x.dtype == y.dtype if torch.is_tensor(x) else x == y
+        for x, y in zip(values, others))
+
+
+def assert_equal(actual, expected):
+    assert equal(actual, expected)
 
 
 def save_image(image, path, kind="PNG"):
@@ -187,7 +191,8 @@ def test_the_parameters_of_a_gate_grow_with_its_width(cardinality, count):
 @pytest.mark.parametrize("name", OURS)
 def test_stages_have_resnets_shapes(name, stem, side):
     nodes = ["maxpool", "layer1", "layer2", "layer3", "layer4", "fc"]
-    cut = create_feature_extractor(build_model(name, 7, SMALL, stem), nodes)
+    cut = create_feature_extractor(net := build_model(name, 7, SMALL, stem), nodes)
+    assert parameters(net.conv1) == 64 * 3 * (7 * 7 if stem == "imagenet" else 3 * 3)   # no bias
     *maps, logits = cut(torch.randn(2, 3, 32, 32)).values()
     assert logits.shape == (2, 7)
     assert [x.shape for x in maps] == [

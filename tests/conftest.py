@@ -94,8 +94,6 @@ def end_workers(source):
         source.loader._iterator._shutdown_workers()
 
 
-QUICK = ["--train-images", "192", "--batch-size", "32", "--epochs", "2",        # 12 steps
-         "--device", "cpu"]
 ONE_STEP = ["--train-images", "32", "--batch-size", "32", "--epochs", "1", "--device", "cpu"]
 
 
@@ -110,8 +108,9 @@ def complaint(capsys, *flags, main=train.main):
 
 
 def finished_flags(out):
-    """A small rate, because the running means must keep up with the weights."""
-    return [*QUICK, "--lr", "1e-4", "--weights", str(out.with_name("start.pt")), "--out", str(out)]
+    """12 steps, at a small rate because the running means must keep up with the weights."""
+    return [*ONE_STEP, "--train-images", "192", "--epochs", "2", "--lr", "1e-4", "--weights",
+            str(out.with_name("start.pt")), "--out", str(out)]
 
 
 @pytest.fixture(scope="session")
@@ -141,10 +140,8 @@ def finished(tmp_path_factory):
 
 @contextlib.contextmanager
 def start(*flags, processes=1):
-    """train.py in a process of its own, or in several by torchrun; none outlives the test.
-
-    Ctrl-C reaches them even where it is ignored, as in a job of a script's background.
-    """
+    """train.py in a process of its own, or in several by torchrun; none outlives the test.  Ctrl-C
+    reaches them even where it is ignored, as in a job that a script puts in the background."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *launcher * (processes > 1), HERE / "train.py", *flags]
     process = subprocess.Popen(list(map(str, command)), text=True, stdout=subprocess.PIPE,

