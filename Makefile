@@ -81,7 +81,7 @@ help:  ## this list
 train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|folder MODEL=... ...
 	$(TRAIN)$(FLAGS)
 
-evaluate: $(READY)  ## loss, top-1, top-5, each class: CHECKPOINT=... or the variables of train
+evaluate: $(READY)  ## accuracy, and a page to look at: CHECKPOINT=... or the variables of train
 	$(PYTHON) -m tools.evaluate$(call flags,CHECKPOINT)$(FLAGS)
 
 predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=runs/NAME

@@ -1,4 +1,5 @@
 """Settings, names of runs, errors in one line, what a run leaves behind."""
+import contextlib
 import copy
 import itertools
 import json

@@ -1,0 +1,153 @@
+"""The page of a run, read as data: it is well-formed XML."""
+import base64
+import csv
+import io
+import math
+import shutil
+from collections import Counter
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.transforms import v2
+
+import data
+import train
+from senetv2 import build_model
+from test_senetv2 import SMALL, in_memory
+from tests.conftest import edited, folder_flags
+from tools import evaluate
+
+NAMES = list(data.SHAPES)
+
+
+def sections_after_evaluation(folder, *flags):
+    """The sections of the page by heading.  It holds no script and loads nothing."""
+    evaluate.main(["--checkpoint", str(folder), *flags])
+    text = (folder / "page.html").read_text("utf-8")
+    root = ElementTree.fromstring(text)
+    assert not {element.tag for element in root.iter()} & {"script", "link", "iframe"}
+    for key, value in [pair for element in root.iter() for pair in element.items()]:
+        assert key[:2] != "on" and (key not in ("src", "href") or value[:15] == "data:image/png;")
+    assert data.printable(text) == text.replace("\n", "\\n") and "url(" not in text
+    return {section.find("h2").text: section for section in root.iter("section")}
+
+
+def cells(element):
+    return [["".join(cell.itertext()) for cell in row] for row in element.iter("tr")]
+
+
+@pytest.fixture(scope="module")
+def looked(finished, tmp_path_factory):
+    """(sections, logits and labels found without the loader), of a network that finds the nearest
+    mean: |x - m|^2 is smallest where 2 m x - |m|^2 is largest.  (The run's takes all for one.)"""
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("page") / "run")
+    images, labels = data.draw_shapes(1000, seed=2)
+    x = v2.Normalize(*data.STATISTICS["shapes"])(images.float() / 255)
+    with torch.no_grad():
+        found = create_feature_extractor(train.load(folder), ["flatten"])(x)["flatten"]
+        mean = torch.stack([found[labels == label].mean(0) for label in range(10)]) * 10
+        edited(lambda saved: saved["model"].update(
+            {"fc.weight": 20 * mean, "fc.bias": -mean.square().sum(1)}))(folder / "last.pt")
+        return sections_after_evaluation(folder), train.load(folder)(x).double(), labels
+
+
+def test_matrix_and_accuracies_are_an_independent_count(looked):
+    page, logits, labels = looked
+    assert len(logits.argmax(1).unique()) > 5
+    counts = Counter(zip(labels.tolist(), logits.argmax(1).tolist()))
+    assert cells(page["Confusion matrix"]) == [["true \\ predicted", *NAMES], *(
+        [name, *(str(counts[i, j]) for j in range(10))] for i, name in enumerate(NAMES))]
+
+    for i, (name, right, images, share, interval, _) in enumerate(cells(page["Each class"])[1:]):
+        assert [name, right, images] == [NAMES[i], str(counts[i, i]), "100"]
+        assert share == f"{counts[i, i]:.1f}%"
+        for end in interval.strip("%").split(" to "):       # 1.96 of its own deviations away
+            away = 1.96 * math.sqrt(float(end) * (100 - float(end)) / 100)
+            assert abs(counts[i, i] - float(end)) == pytest.approx(away, abs=0.15)
+
+
+def test_mistakes_are_those_of_most_confidence_with_their_pixels(looked):
+    page, logits, labels = looked
+    chances, predicted = logits.softmax(1).max(1)
+    images, expected = data.draw_shapes(1000, seed=2)[0], []
+    for label in range(10):
+        wrong = ((labels == label) & (predicted != label)).nonzero()[:, 0].tolist()
+        expected += sorted(wrong, key=lambda i: -chances[i])[:4]
+    for i, figure in zip(expected, page["Mistakes"].iter("figure"), strict=True):
+        assert "".join(figure.itertext()).strip() == (
+            f"{NAMES[labels[i]]}taken for {NAMES[predicted[i]]}, {chances[i]:.1%}")
+        png = base64.b64decode(figure.find("img").get("src").split(",")[1])
+        assert np.array_equal(Image.open(io.BytesIO(png)), images[i].permute(1, 2, 0))
+
+
+def test_curves_follow_metrics_csv_also_of_older_code(finished, tmp_path):
+    rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
+    rows[0]["train_top1"] = ""                              # older code did not measure it
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "metrics.csv").write_text(
+        "\n".join(map(",".join, [rows[0], *(row.values() for row in rows)])))
+    page = sections_after_evaluation(tmp_path)
+    assert ["torch", torch.__version__, ""] in cells(page["Settings, hardware, versions"])
+
+    for svg, keys, chance in zip(page["Curves"].iter("svg"), (
+            ("train_loss", "test_loss"), ("train_top1", "top1")), (math.log(10), 10), strict=True):
+        texts = [(float(e.get("x")), float(e.get("y")) - 4, e.text) for e in svg.iter("text")]
+        epoch_at, value_at = (      # the two axes, as the numbers beside them say
+            np.poly1d(np.polyfit(*zip(*[(place[i], float(place[2])) for place in texts
+                                        if place[1 - i] == same]), 1))
+            for i, same in ((0, 234), (1, 39)))
+        for key, line in zip(keys, svg.iter("polyline"), strict=True):
+            x, y = zip(*(map(float, point.split(",")) for point in line.get("points").split()))
+            there = [row for row in rows if row[key]]
+            assert epoch_at(x) == pytest.approx([int(row["epoch"]) for row in there], abs=0.01)
+            assert value_at(y) == pytest.approx([float(row[key]) for row in there], rel=0.01)
+        height = svg.find("path[@class='chance']").get("d").split()[1].partition("H")[0]
+        assert value_at(float(height)) == pytest.approx(chance, rel=0.01)
+
+
+def test_names_of_classes_cannot_break_the_page(folder, tmp_path):
+    names = ["<script>alert(1)<img src=x onerror=y>", "\"a\" & 'b' &lt;", "\u202eשלום\033[31m\n"]
+    for path in [*folder.glob("*/*")]:
+        path.rename(path.with_name(names[("cat", "dog", "owl").index(path.name)]))
+    train.main(folder_flags(folder, tmp_path / "run"))
+    page = sections_after_evaluation(tmp_path / "run", "--data-dir", str(folder), "--workers", "0")
+    shown = sorted([*names[:2], "\\u202eשלום\\x1b[31m\\n"])
+    assert sorted(cells(page["Confusion matrix"])[0][1:]) == shown
+    assert sorted(row[0] for row in cells(page["Each class"])[1:]) == shown
+    assert sorted(name.text for name in page["Gates"].iter("bdi")) == sorted(4 * shown)
+
+
+def test_above_twenty_classes_the_ten_most_frequent_confusions_are_listed(
+        finished, tmp_path, monkeypatch, capsys):
+    images = torch.randint(0, 256, (500, 3, 32, 32), dtype=torch.uint8)     # PNG cannot shrink it
+    names, net = [f"class {i}" for i in range(100)], build_model("senetv2", 100, SMALL).eval()
+    with torch.no_grad():                   # the last hundred are right, and most others wrong
+        predicted = net(images / 255).argmax(1)
+    labels = torch.cat([torch.arange(100), torch.randint(100, (300,)), predicted[400:]])
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    edited(lambda saved: saved.update(classes=names, model=net.state_dict()))(tmp_path / "last.pt")
+    monkeypatch.setattr(evaluate, "open_data", lambda *args: in_memory(
+        (images[:64], labels[:64]), (images, labels), names))
+    page = sections_after_evaluation(tmp_path)
+
+    wrong = Counter((names[i], names[j]) for i, j in zip(labels, predicted) if i != j)
+    rows = cells(page["Confusions"])[1:]
+    assert all(words == f"{wrong[true, taken]} of {(labels == names.index(true)).sum()}"
+               for true, taken, words in rows)
+    assert [wrong[true, taken] for true, taken, _ in rows] == [n for _, n in wrong.most_common(10)]
+    assert len([*page["Mistakes"].iter("figure")]) == 40
+    assert (tmp_path / "page.html").stat().st_size < 2e6
+
+    # Where it cannot be written, and where a process sees a share of the images alone.
+    before = capsys.readouterr().out.splitlines()
+    (tmp_path / "page.html").unlink()
+    (tmp_path / "page.html").mkdir()
+    for processes, reason in ((1, "cannot be written (Is a directory)"), (2, "evaluate with one")):
+        monkeypatch.setattr(evaluate, "WORLD", processes)
+        evaluate.main(["--checkpoint", str(tmp_path)])
+        *after, last = capsys.readouterr().out.splitlines()
+        assert after == before[:-1] and last.startswith("no ") and reason in last
