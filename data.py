@@ -175,10 +175,13 @@ class InMemory(Images):
         content = [tensor.numpy() for tensor in (*train, *test)]
         super().__init__(dataset, classes, labels, len(train[1]), content, device=device, **options)
 
-        # To crop one image is to take a window of 32x32 pixels from the padded one, of 40x40; there
-        # are 9 x 9 such windows.  unfold makes a view that holds them all without copying: of the
-        # row 0 1 2 3 0 it makes the rows 0 1 2, 1 2 3 and 2 3 0.  Indexing this view once crops and
-        # flips a whole batch.  Its shape: (2, N, 3, 9, 9, H, W); the 2 are image and mirror image.
+        # In plain words: of image n of a batch we take padded[n], mirrored if flip[n], and cut out
+        # rows top[n] to top[n] + 32 and columns left[n] to left[n] + 32.  What follows does this for
+        # a whole batch at once; you may take it on trust.
+        #
+        # There are 9 x 9 windows of 32x32 in 40x40 pixels, and unfold makes a view that holds them
+        # all without copying: of the row 0 1 2 3 0 it makes the rows 0 1 2, 1 2 3 and 2 3 0.  To
+        # index this view, (2, N, 3, 9, 9, H, W), is to crop; the 2 are image and mirror image.
         padded = F.pad(torch.cat([train[0], test[0]]).to(device), (PAD,) * 4)
         both = torch.stack([padded, padded.flip(3)])
         self.windows = both.unfold(3, train[0].shape[2], 1).unfold(4, train[0].shape[3], 1)

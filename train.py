@@ -88,7 +88,17 @@ class Run:
 
 
 def train(run, net, optimizer, data, args):
-    """Train `net` from step `run.step` to the last epoch; save now and then, and at the end."""
+    """Train `net` from step `run.step` to the last epoch; save now and then, and at the end.
+
+    Without what serves speed, several processes and resuming, it is:
+
+        for epoch in range(epochs):
+            net.train()
+            for images, labels in data.train_batches(epoch):
+                set_rate(optimizer, learning_rate(...))
+                training_step(images, labels)
+            evaluate(net, data)
+    """
     settings, model = run.settings, parallel(net, args.compile)     # model is net, wrapped
     total = settings["epochs"] * data.steps
     autocast = torch.autocast(data.device.type, torch.bfloat16,
@@ -230,7 +240,7 @@ def evaluate(net, data):
     return test, (100 * table[:, 2] / table[:, 0]).tolist()
 
 
-@torch.no_grad()
+@torch.no_grad()        # no backward pass follows, so nothing need be kept for it
 def sums_per_class(net, data, measures):
     """Sum measures(images, labels), (B, n), over the test images of each class: (classes, n)."""
     net.eval()
