@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 import data
 import train
 from test_senetv2 import HERE, SMALL, rows, save_image
-from tests.conftest import STATISTICS, complaint, folder_flags, invent_run, rename_class
+from tests.conftest import STATISTICS, complaint, edited, folder_flags, invent_run, rename_class
 from tools import evaluate, predict, report, table
 
 
@@ -40,7 +40,7 @@ def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
     assert float(last["top1"]) == pytest.approx(top1.mean().item())
     assert float(last["top5"]) == pytest.approx(top5.mean().item())
     loss = F.cross_entropy(logits, labels).item()
-    assert float(last["test_loss"]) == pytest.approx(loss, rel=1e-4)
+    assert float(last["test_loss"]) == pytest.approx(loss)
 
     # Each class has its accuracy; they are not alike.
     apart = [labels == label for label in range(10)]
@@ -192,11 +192,15 @@ def test_one_run_that_cannot_be_read_does_not_hide_the_others(key, value, tmp_pa
 
 
 def test_evaluation_looks_at_names_and_prints_where_it_cannot_draw(folder, tmp_path, capsys):
-    train.main([*folder_flags(folder, tmp_path / "run"), "--train-images", "8", "--residual"])
+    train.main([*folder_flags(folder, tmp_path / "run"), "--train-images", "8", "--residual",
+                "--layers", "1,1,2,1"])
+    edited(lambda saved: [saved["model"][f"layer3.1.gate.expand.{kind}"].zero_()
+                          for kind in ("weight", "bias")])(tmp_path / "run" / "last.pt")
     place = ["--checkpoint", str(tmp_path / "run"), "--data-dir", str(folder), "--workers", "0"]
     capsys.readouterr()
     evaluate.main(place)
     before = capsys.readouterr().out.splitlines()
+    assert re.search(r"stage 3.* 1\.500,.* 0\.0000", "\n".join(before))       # 1 + 1/2, in the last
     picture = np.array(Image.open(file := tmp_path / "run" / "gates.png"))[8:108, 8:-8]
     assert 0 < picture.min() < picture.max() < 255      # from 1 + 0 to 1 + 1
     file.unlink()
