@@ -121,7 +121,6 @@ def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
     assert "new: 0 []; unused: 0 []" in said
     given, weights = train.load(finished), train.load(tmp_path / "run")     # at a rate of 0
     assert_equal(*(dict(net.named_parameters()) for net in (given, weights)))
-
     # So the norms do not start at 0, which is said.
     assert given.layer1[0].bn3.weight.all() and re.search("^zero_init: ", said, re.M)
 

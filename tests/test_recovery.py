@@ -255,8 +255,7 @@ def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_p
         wait_for(process, "epoch 1 ")
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate()
-    assert process.returncode != 0 and "train.py: stopped" in said
-    assert "train.py\", line" not in said
+    assert process.returncode != 0 and "stopped" in said and "train.py\", line" not in said
 
     # Two processes go on, or one.
     shutil.copytree(both, alone)
@@ -268,18 +267,13 @@ def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_p
 
 
 def test_without_batch_norm_two_processes_find_what_one_does(whole, tmp_path):
-    found = []
-    for count in (1, 2):
-        flags = eight_steps("folder", whole, out := tmp_path / str(count), "--model", "vit",
-                            "--epochs", "1", "--train-images", "12", "--batch-size", "4")
-        if count == 1:
-            train.main(flags)
-        else:
-            with start(*flags, processes=count) as process:
-                process.communicate()
-        found.append({key: float(value) for key, value in rows(out)[0].items()
-                      if "second" not in key})
-    assert found[1] == pytest.approx(found[0], rel=1e-4) and len(found[0]) == 6
+    more = "--model vit --epochs 1 --seed 3 --train-images 12 --batch-size 4".split()
+    train.main(eight_steps("folder", whole, tmp_path / "one", *more))
+    with start(*eight_steps("folder", whole, tmp_path / "two", *more), processes=2) as process:
+        process.communicate()
+    one, two = ({key: float(value) for key, value in rows(tmp_path / name)[0].items()
+                 if "second" not in key} for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4) and len(one) == 6
 
 
 def test_an_error_in_one_process_ends_both_and_is_said(folder, tmp_path):

@@ -16,8 +16,9 @@ from torchvision.transforms import v2
 
 import data
 import train
-from test_senetv2 import HERE, SMALL, rows, save_image
-from tests.conftest import STATISTICS, complaint, folder_flags, invent_run, rename_class
+from test_senetv2 import HERE, SMALL, joined, rows, save_image
+from tests.conftest import (
+    STATISTICS, complaint, edited, folder_flags, invent_run, load_folder, rename_class)
 from tools import evaluate, predict, report, table
 
 
@@ -40,7 +41,7 @@ def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
     assert float(last["top1"]) == pytest.approx(top1.mean().item())
     assert float(last["top5"]) == pytest.approx(top5.mean().item())
     loss = F.cross_entropy(logits, labels).item()
-    assert float(last["test_loss"]) == pytest.approx(loss, rel=1e-4)
+    assert float(last["test_loss"]) == pytest.approx(loss)
 
     # Each class has its accuracy; they are not alike.
     apart = [labels == label for label in range(10)]
@@ -194,11 +195,20 @@ def test_one_run_that_cannot_be_read_does_not_hide_the_others(key, value, tmp_pa
 
 
 def test_evaluation_looks_at_names_and_prints_where_it_cannot_draw(folder, tmp_path, capsys):
-    train.main([*folder_flags(folder, tmp_path / "run"), "--train-images", "8", "--residual"])
+    train.main([*folder_flags(folder, tmp_path / "run"), "--train-images", "8", "--residual",
+                "--layers", "1,1,2,1"])
+    edited(lambda saved: [saved["model"][f"layer3.1.gate.expand.{kind}"].zero_()
+                          for kind in ("weight", "bias")])(tmp_path / "run" / "last.pt")
     place = ["--checkpoint", str(tmp_path / "run"), "--data-dir", str(folder), "--workers", "0"]
     capsys.readouterr()
+    (folder / "val/owl/owl_0.JPEG").unlink()        # of owl, two are left
     evaluate.main(place)
     before = capsys.readouterr().out.splitlines()
+    images, labels = joined(load_folder(folder).test_batches())
+    right = 100 * (train.load(tmp_path / "run")(images).argmax(1) == labels).double()
+    assert all([f"{right[labels == k].mean():.2f}%", name] in map(str.split, before)
+               for k, name in enumerate(("cat", "dog", "owl")))
+    assert re.search(r"stage 3.* 1\.500,.* 0\.0000", "\n".join(before))       # 1 + 1/2, in the last
     picture = np.array(Image.open(file := tmp_path / "run" / "gates.png"))[8:108, 8:-8]
     assert 0 < picture.min() < picture.max() < 255      # from 1 + 0 to 1 + 1
     file.unlink()
@@ -257,7 +267,7 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
 
 def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(capsys):
     row, found = re.compile(r"^(?:res|se)net.*? {2,}(.*)$", re.M), []
-    for words in ([], ["--image-size", "224"]):
+    for words in ([], ["--image-size", "224"], ["--stem", "cifar"]):
         table.main(words)
         found += [line.replace(",", "").replace(" M", "").split()
                   for line in row.findall(capsys.readouterr().out)]
@@ -273,5 +283,6 @@ def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(capsys):
             said = f"{gates:,} ({share})"
             assert said in (HERE / "README.md").read_text() or layers == SMALL or not width
             assert share == f"{gates / plain:+.1%}"
+    assert int(found[16][0]) == 23_712_932 - 64 * 3 * (7 * 7 - 3 * 3)
     work = int(found[8][4]) + 2048 * 900        # for 1000 classes, not 100
     assert round(work / 1e9, 3) == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"]
