@@ -176,8 +176,8 @@ class InMemory(Images):
         super().__init__(dataset, classes, labels, len(train[1]), content, device=device, **options)
 
         # In plain words: of image n of a batch we take padded[n], mirrored if flip[n], and cut out
-        # rows top[n] to top[n] + 32 and columns left[n] to left[n] + 32.  What follows does this for
-        # a whole batch at once; you may take it on trust.
+        # 32 rows from top[n] on and 32 columns from left[n] on.  What follows does this for a whole
+        # batch at once; you may take it on trust.
         #
         # There are 9 x 9 windows of 32x32 in 40x40 pixels, and unfold makes a view that holds them
         # all without copying: of the row 0 1 2 3 0 it makes the rows 0 1 2, 1 2 3 and 2 3 0.  To
