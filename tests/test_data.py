@@ -41,11 +41,10 @@ def test_processes_share_each_batch_and_some_get_an_empty_one(folder):
 def test_train_images_takes_the_first_of_a_seeded_shuffle():
     assert data.subset(3, 3, seed=4).tolist() == data.subset(3, 0, seed=4).tolist() == [0, 1, 2]
     images, _ = data.draw_shapes(12000, seed=1)
-    for seed in (0, 5):
-        kept = np.random.default_rng([seed]).permutation(12000)[:40]
-        source = data.load_data("shapes", train_images=40, seed=seed)
-        assert torch.equal(source.view(np.arange(40)), images[np.sort(kept)])
-        assert (source.train_size, source.test_size) == (40, 1000)
+    kept = np.random.default_rng([5]).permutation(12000)[:40]
+    source = data.load_data("shapes", train_images=40, seed=5)
+    assert torch.equal(source.view(np.arange(40)), images[np.sort(kept)])
+    assert (source.train_size, source.test_size) == (40, 1000)
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index_and_can_be_turned_off(folder):
@@ -139,12 +138,11 @@ def test_shapes_are_the_same_bits_on_processors_without_newer_instructions(level
     off = [name for name in present if re.match(level, name)]
     if not off:
         pytest.skip(f"numpy finds none of {level} here")
-    code = "import data; print(hash(data.draw_shapes(300, 1)[0].numpy().tobytes()))"
-    drawn = [subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                            check=True, env=os.environ | dict(NPY_DISABLE_CPU_FEATURES=names,
-                                                              PYTHONHASHSEED="0")).stdout
-             for names in ("", " ".join(off))]
-    assert drawn[0] == drawn[1]
+    code = "import data; print(data.digest_of([data.draw_shapes(300, 1)[0].numpy()]))"
+    drawn = subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True, text=True,
+                           env=os.environ | dict(NPY_DISABLE_CPU_FEATURES=" ".join(off)),
+                           stdout=subprocess.PIPE)
+    assert drawn.stdout.strip() == data.digest_of([data.draw_shapes(300, 1)[0].numpy()])
 
 
 def test_a_linear_classifier_on_the_pixels_fails_on_shapes():

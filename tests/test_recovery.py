@@ -267,7 +267,8 @@ def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_p
 
 
 def test_without_batch_norm_two_processes_find_what_one_does(whole, tmp_path):
-    more = "--model vit --epochs 1 --seed 3 --train-images 12 --batch-size 4".split()
+    more = ("--model vit --optimizer sgd --epochs 1 --seed 3 --train-images 12 "
+            "--batch-size 4").split()
     train.main(eight_steps("folder", whole, tmp_path / "one", *more))
     with start(*eight_steps("folder", whole, tmp_path / "two", *more), processes=2) as process:
         process.communicate()

@@ -74,8 +74,6 @@ def test_bad_input_is_refused_in_one_line(flags, said, capsys, tmp_path, monkeyp
     ("--dataset cifar10 --epochs 3 --train-images 5000", "",
      "cifar10-senetv2-paper-epochs3-train_images5000-seed0"),
     ("--weights C:\\nets/mine --seed 2", "", "shapes-senetv2-paper-weightsC__nets_mine-seed2"),
-    ("--model senet --reduction 16", "", "shapes-senet-paper-reduction16-seed0"),
-
     # A setting without use stays at its default.
     ("--model resnet --reduction 16", "reduction 16 is not used by", "shapes-resnet-paper-seed0"),
     ("--model senet --cardinality 8", "cardinality 8 is not used by", "shapes-senet-paper-seed0"),
@@ -170,6 +168,8 @@ def test_every_setting_changes_the_run_and_nothing_but_its_part(key, whole, tmp_
 
     differ = {part for part in vars(run) if not equal(getattr(run, part), getattr(usual, part))}
     assert differ == {*parts.split(), "end"}
+    names = [train.parse_args([*BASE, "x", *more.split()])[0].out for more in ("", flags)]
+    assert names[0] != names[1]
 
 
 @pytest.mark.parametrize("kind, options", [("Adam", {}),
