@@ -152,6 +152,7 @@ def train(run, net, optimizer, data, args):
 
         # Training loss and accuracy are means over the epoch, of weights that still changed and of
         # augmented images; test figures are of the weights at its end, and of images as they are.
+        # With label smoothing, the training loss includes it, and the test loss does not.
         # So early in a run, test results may be better.  If training accuracy is far above test
         # accuracy, the network overfits: it has memorised its training images.
         run.history.append(dict(
@@ -687,10 +688,11 @@ def start_training(run, net, optimizer, data, args):
         train(run, net, optimizer, data, args)
     except ImageError as error:             # from a worker: a traceback, then the message
         check_finite(run, net)
-        save(run, net, optimizer, args.out)
-        raise ValueError(f"{str(error).rstrip()}; what was trained is saved: put the file back "
-                         "and give the same command, or train on without it, from these weights, "
-                         f"with --out NEW --weights {args.out / 'last.pt'}") from None
+        save(run, net, optimizer, args.out)             # process 0 alone can
+        kept = "what was trained is saved" if RANK == 0 else "the last checkpoint is kept"
+        raise ValueError(f"{str(error).rstrip()}; {kept}: put the file back and give the same "
+                         "command, or train on without it, from these weights, with --out NEW "
+                         f"--weights {args.out / 'last.pt'}") from None
 
 
 def describe_machine(net, data):

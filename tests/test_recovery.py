@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -278,9 +279,14 @@ def test_without_batch_norm_two_processes_find_what_one_does(whole, tmp_path):
 
 
 def test_an_error_in_one_process_ends_both_and_is_said(folder, tmp_path):
-    broken = folder / "train" / "dog" / "dog_3.JPEG"    # one process alone will read it
+    source = load_folder(folder)
+    second = np.random.default_rng([0, 0, 0]).permutation(36)[4]    # the first image of process 1
+    broken = Path(os.fsdecode(source.loader.dataset.paths[second]))
     broken.write_bytes(broken.read_bytes()[:20])
     with start(*folder_flags(folder, tmp_path / "run", workers=1), processes=2) as process:
         _, said = process.communicate()
     assert process.returncode != 0 and "train.py\", line" not in said
     assert said.count(f"train.py: error: {broken} cannot be decoded") == 1
+
+    # Process 0 alone can save, and did not.
+    assert "is saved" not in said and not (tmp_path / "run" / "last.pt").exists()
