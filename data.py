@@ -171,7 +171,9 @@ class InMemory(Images):
     """
 
     def __init__(self, dataset, train, test, classes, device="cpu", **options):
-        labels = torch.cat([train[1], test[1]]).to(device)
+        # On other devices, indexing the view below may copy it whole, 30 GB for CIFAR.
+        self.home = torch.device(device if torch.device(device).type in ("cpu", "cuda") else "cpu")
+        labels = torch.cat([train[1], test[1]]).to(self.home)
         content = [tensor.numpy() for tensor in (*train, *test)]
         super().__init__(dataset, classes, labels, len(train[1]), content, device=device, **options)
 
@@ -182,17 +184,18 @@ class InMemory(Images):
         # There are 9 x 9 windows of 32x32 in 40x40 pixels, and unfold makes a view that holds them
         # all without copying: of the row 0 1 2 3 0 it makes the rows 0 1 2, 1 2 3 and 2 3 0.  To
         # index this view, (2, N, 3, 9, 9, H, W), is to crop; the 2 are image and mirror image.
-        padded = F.pad(torch.cat([train[0], test[0]]).to(device), (PAD,) * 4)
+        padded = F.pad(torch.cat([train[0], test[0]]).to(self.home), (PAD,) * 4)
         both = torch.stack([padded, padded.flip(3)])
         self.windows = both.unfold(3, train[0].shape[2], 1).unfold(4, train[0].shape[3], 1)
 
     def gather(self, epoch, batches):
-        draws = torch.from_numpy(self._draws(epoch)).to(self.device)
-        numbers = torch.from_numpy(np.concatenate([[], *batches]).astype(int)).to(self.device)
+        draws = torch.from_numpy(self._draws(epoch)).to(self.home)
+        numbers = torch.from_numpy(np.concatenate([[], *batches]).astype(int)).to(self.home)
         for index in numbers.split([len(batch) for batch in batches]):
             flip, top, left = draws[:, index]                               # each (B,)
             # torch puts B first here, because a slice stands between the indices
-            yield self.windows[flip, index, :, top, left], self.labels[index]
+            yield (self.windows[flip, index, :, top, left].to(self.device),
+                   self.labels[index].to(self.device))
 
     def _draws(self, epoch):
         """Flip, top and left edge of the crop of each image (in training: of each training image),

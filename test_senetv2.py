@@ -210,7 +210,7 @@ def test_senetv2_is_a_senet_bit_for_bit_through_training():
     assert_equal(*states)
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ["resnet", "senet", "senetv2"])
 def test_the_trunk_has_torchvisions_names_and_from_one_seed_its_weights(name):
     theirs = ResNet(Bottleneck, SMALL, 10).state_dict()
     torch.manual_seed(0)
@@ -346,7 +346,7 @@ def same_result(out, other):
                for row in table] for table in (a["history"], b["history"], rows(out), rows(other))]
     assert tables == [tables[0]] * 4
     assert len(tables[0]) == a["settings"]["epochs"] > 0 and len(a["model"]) > 50
-    for key in ("settings", "images", "step", "model", "optimizer"):
+    for key in ("settings", "images", "step", "model", "optimizer", "scaler"):
         assert_equal(a[key], b[key])
     return True
 

@@ -81,6 +81,7 @@ class Run:
     classes: list               # their names
     data_digest: str            # of the images: a run refuses to resume on others
     about: dict                 # the machine and the versions of the last start
+    scaler: torch.amp.GradScaler    # of the loss, in float16
     losses: torch.Tensor        # of each step of the current epoch: the mean loss,
     accuracies: torch.Tensor    # and the share of right answers
     step: int = 0               # steps done, in all epochs
@@ -100,9 +101,7 @@ def train(run, net, optimizer, data, args):
             evaluate(net, data)
     """
     settings, model = run.settings, parallel(net, args.compile)     # model is net, wrapped
-    total = settings["epochs"] * data.steps
-    autocast = torch.autocast(data.device.type, torch.bfloat16,
-                              enabled=trains_in_bfloat16(data.device))
+    total, scaler = settings["epochs"] * data.steps, run.scaler
 
     def training_step(images, labels):
         """The mean loss of a batch before the step, and its share of right answers.
@@ -110,19 +109,20 @@ def train(run, net, optimizer, data, args):
         A network that knows nothing gives all classes the same probability, 1/classes.  So the
         first loss should be near ln(classes): 2.3 for ten.  A much larger one hints at an error.
         """
-        with autocast:                                      # on new GPUs, products of 16-bit floats
+        with autocast(data.device, run.about["precision"]): # on GPUs, products of 16-bit floats
             logits = model(images)                                              # (B, classes)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
         optimizer.zero_grad()       # else each step would follow the sum of all gradients so far
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()       # float16 alone is scaled: it would round small
+        scaler.step(optimizer)              # gradients to 0.  The step scales back, or is left out
+        scaler.update()                     # if a gradient overflowed; then the scale is halved.
         return loss.detach(), (logits.argmax(1) == labels).float().mean()
 
     # On a GPU, Python runs this function only twice; later calls replay what it told the GPU to do,
-    # and then call optimizer.step().  So code that needs the new weights belongs in the loop.  To
+    # and then move the weights.  So code that needs the new weights belongs in the loop.  To
     # print from this function, or to debug it, pass --no-cuda-graph.
     if args.cuda_graph and data.device.type == "cuda" and WORLD == 1 and not args.compile:
-        training_step = Recorded(training_step, optimizer)
+        training_step = Recorded(training_step, scaler, optimizer)
     checkpoint, progress = Saver(run, net, optimizer, args), Progress(run, total)
 
     for epoch in range(len(run.history), settings["epochs"]):
@@ -227,8 +227,8 @@ def evaluate(net, data):
             dist.broadcast(buffer, 0)
 
     def measures(images, labels):       # without autocast: in 16 bits, large logits may be equal
-        logits = net(images)
-        loss = F.cross_entropy(logits.double(), labels, reduction="none")
+        logits = on_host(net(images))
+        loss = F.cross_entropy(logits, labels, reduction="none")
         hits = logits.topk(min(5, len(data.classes))).indices == labels[:, None]    # (B, 5)
         return torch.stack([torch.ones_like(loss), loss, hits[:, 0], hits.any(1)], dim=1)
 
@@ -247,12 +247,18 @@ def sums_per_class(net, data, measures):
     net.eval()
     sums = 0
     for images, labels in data.test_batches():
-        rows = measures(images, labels).double()
+        labels = labels.cpu()
+        rows = on_host(measures(images, labels))
         # row c += the rows of all images whose label is c
         sums += rows.new_zeros(len(data.classes), rows.shape[1]).index_add_(0, labels, rows)
     if WORLD > 1:
         dist.all_reduce(sums)
     return sums
+
+
+def on_host(tensor):
+    """In float64 on the CPU, for exact sums.  (Apple's GPUs, for example, have no float64.)"""
+    return tensor.cpu().double()
 
 
 # ----------------------------------------------------------------------------------------- Settings
@@ -317,12 +323,15 @@ USED_BY = {         # settings that only some networks or data sets have
     "cardinality": GATES.keys() - {"senet"}, "images_per_class": FOLDERS, "image_size": FOLDERS,
 }
 
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
+DEVICES = ("cpu", ACCELERATOR.type) if ACCELERATOR else ("cpu",)
 OPTIONS = {         # what is not meant to change a result, beyond rounding
     "data_dir": ("data", str, "where the data set is, or is downloaded to"),
     "workers": (max(1, min(8, CORES // LOCAL_WORLD)), within(int, 0),
                 "imagenet, folder: processes that decode images, per training process"),
-    "device": ("cuda" if torch.cuda.is_available() else "cpu",
-               ("cpu", "cuda")[:1 + torch.cuda.is_available()], "where to compute"),
+    "device": ("cuda" if "cuda" in DEVICES else "cpu", DEVICES, "where to compute"),
+    "precision": (None, ("float32", "bfloat16", "float16"), "of products in training; by default "
+                  "bfloat16 or float16 on GPUs made for it, elsewhere float32"),
     "cuda_graph": (True, bool, "on one GPU, record forward and backward, unless --compile"),
     "compile": (False, bool, "use torch.compile"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
@@ -367,9 +376,28 @@ def over_processes(value):
     return value
 
 
-def trains_in_bfloat16(device):
-    """Whether we train in bfloat16 on this device: on Ampere GPUs and later."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def autocast(device, precision):
+    """A context in which the network multiplies in this number format, and adds in float32."""
+    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
+
+
+def choose_precision(device, asked=None, saved=None):
+    """What was asked for, or the fastest that the device is made for: on GPUs, bfloat16 from Ampere
+    on, float16 from Volta on.  But a run keeps what it began with: its checkpoint, `saved`, tells.
+    Raises ValueError if something else was asked for."""
+    on_gpu = device.type == "cuda"
+    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_float16 = on_gpu and torch.cuda.get_device_capability() >= (7, 0)
+    older = "bfloat16" if has_bfloat16 else "float32"           # older code did not store it
+    precision = ((saved["about"] or {}).get("precision", older) if saved else
+                 asked or ("float16" if has_float16 and not has_bfloat16 else older))
+    if asked not in (None, precision):
+        raise ValueError(f"this run began with --precision {precision}; pass another --out")
+    units = getattr(torch.cpu, "get_capabilities", lambda: dict(bf16=True))()   # not in all torches
+    if (device.type, precision) == ("cpu", "bfloat16") and not any(
+            units[name] for name in units if "bf16" in name):
+        say("this processor has no units for bfloat16: float32 would be faster")
+    return precision
 
 
 class Recorded:
@@ -386,8 +414,8 @@ class Recorded:
     number.
     """
 
-    def __init__(self, function, optimizer):
-        self.function, self.optimizer, self.calls = function, optimizer, 0
+    def __init__(self, function, scaler, optimizer):
+        self.function, self.scaler, self.optimizer, self.calls = function, scaler, optimizer, 0
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -398,13 +426,14 @@ class Recorded:
         for buffer, tensor in zip(self.buffers, inputs):
             buffer.copy_(tensor)
         self.graph.replay()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         return self.result
 
     def record(self, inputs):
         self.buffers, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
         with explained("the training step cannot be recorded", "pass --no-cuda-graph"), \
-                mock.patch.object(self.optimizer, "step"), \
+                mock.patch.multiple(self.scaler, step=mock.DEFAULT, update=mock.DEFAULT), \
                 torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # loader threads
             self.result = self.function(*self.buffers)
 
@@ -485,7 +514,7 @@ def save(run, net, optimizer, folder):
     replace_file(folder / "last.pt", dict(
         settings=run.settings, classes=run.classes, images=run.data_digest, about=run.about,
         step=run.step, history=run.history, losses=run.losses, accuracies=run.accuracies,
-        model=net.state_dict(), optimizer=optimizer.state_dict()))
+        scaler=run.scaler.state_dict(), model=net.state_dict(), optimizer=optimizer.state_dict()))
 
 
 def replace_file(path, content):
@@ -545,6 +574,7 @@ def resume(run, net, optimizer, saved, folder):
         if saved["accuracies"] is not None:         # older code did not store them
             run.accuracies.copy_(saved["accuracies"])
         run.step, run.history = saved["step"], saved["history"]
+        run.scaler.load_state_dict(saved["scaler"])
 
 
 def lock(folder):
@@ -593,7 +623,7 @@ def read_checkpoint(path):
     with usable(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)     # no file can run code
         saved["settings"] = completed(saved["settings"])
-        later = dict(about=None, accuracies=None)           # older code did not store these
+        later = dict(about=None, accuracies=None, scaler={})    # older code did not store these
         return later | {key: saved[key] for key in (
             "settings", "classes", "images", "step", "history", "losses", "model", "optimizer",
             *(later.keys() & saved))}
@@ -632,15 +662,17 @@ def run_training(args, settings, device):
     net = build_network(settings, data.classes).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(net, settings)
 
-    run = Run(settings, data.classes, data.digest, describe_machine(net, data),
-              losses=torch.zeros(data.steps, device=device),
-              accuracies=torch.full((data.steps,), math.nan, device=device))      # not measured yet
     with lock(args.out) if RANK == 0 else contextlib.nullcontext():
         saved = [None]                      # a list, which broadcast_object_list fills
         if RANK == 0 and (args.out / "last.pt").exists():
             saved = [read_checkpoint(args.out)]
         if WORLD > 1:                       # the machines need not share a disk
             dist.broadcast_object_list(saved)
+        precision = choose_precision(device, args.precision, saved[0])
+        run = Run(settings, data.classes, data.digest, describe_machine(net, data, precision),
+                  torch.amp.GradScaler(device.type, enabled=precision == "float16"),
+                  losses=torch.zeros(data.steps, device=device),
+                  accuracies=torch.full((data.steps,), math.nan, device=device))  # not measured yet
         if saved[0]:
             resume(run, net, optimizer, saved[0], args.out)
             if len(run.history) == settings["epochs"]:
@@ -695,14 +727,14 @@ def start_training(run, net, optimizer, data, args):
                          f"--weights {args.out / 'last.pt'}") from None
 
 
-def describe_machine(net, data):
+def describe_machine(net, data, precision):
     """What config.json holds besides the settings."""
-    hardware = (torch.cuda.get_device_name() if data.device.type == "cuda"
-                else f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
+    kind = data.device.type.upper()
+    hardware = (torch.cuda.get_device_name() if kind == "CUDA"
+                else f"{platform.machine()} {kind}, {torch.get_num_threads()} threads")
     return dict(
         parameters=sum(p.numel() for p in net.parameters()), processes=WORLD, device=hardware,
-        precision="bfloat16" if trains_in_bfloat16(data.device) else "float32",
-        torch=str(torch.__version__), torchvision=str(torchvision.__version__),
+        precision=precision, torch=str(torch.__version__), torchvision=str(torchvision.__version__),
         python=platform.python_version(), files=data.files)
 
 
@@ -789,6 +821,8 @@ def main(argv=None, action=run_training, **about):
             torch.cuda.set_device(LOCAL_RANK)               # what "cuda" means from here on
             torch.backends.cudnn.benchmark = True           # shapes hardly change: try kernels once
             torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
+        elif args.device != "cpu" and WORLD > 1:
+            raise ValueError(f"several processes cannot share gradients on {args.device}")
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         action(args, settings, torch.device(args.device))

@@ -40,7 +40,7 @@ def test_a_softmax_would_nearly_close_an_undecided_gate():
     ("senet", dict(layers=(1, 1, 0, 1)), r"\(1, 1, 0, 1\); give four positive"),
     ("senet", dict(layers="1,1,1,1"), "'1,1,1,1'; give four positive"),
     ("resnet", dict(stem="tiny"), "'tiny'.* imagenet, cifar"),
-    ("senet3", {}, "'senet3'.* resnet, senet, senetv2, .*convnext_tiny, vit"),
+    ("senet3", {}, "'senet3'.* resnet, .*senet, senetv2, .*convnext_tiny, vit"),
     ("vit", dict(image_size=130), "16x16.* 130"),
 ])
 def test_impossible_networks_are_refused_with_the_way_out(name, options, said):

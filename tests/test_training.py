@@ -257,25 +257,21 @@ def test_a_recorded_step_is_replayed_and_the_optimiser_steps_after_each_replay(m
     done = []
     graph = SimpleNamespace(replay=lambda: done.append("replay"))
     optimizer = SimpleNamespace(step=lambda: done.append("step"))
+    scaler = SimpleNamespace(step=lambda optimizer: optimizer.step(),
+                             update=lambda: done.append("update"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: contextlib.nullcontext())
 
     def function(x):
         done.append("python")
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         return 2 * x
-    recorded, inputs = train.Recorded(function, optimizer), torch.arange(4.0)
+    recorded, inputs = train.Recorded(function, scaler, optimizer), torch.arange(4.0)
     results = [recorded(x).item() for x in inputs]
-    assert done == ["python", "step", "python", "replay", "step", *["replay", "step"] * 2]
+    replayed = ["replay", "step", "update"]
+    assert done == ["python", "step", "update", "python", *3 * replayed]
     assert results == [0, 2, 2, 2] and recorded.buffers == [3]      # nothing computes in this graph
-
-
-def test_only_a_gpu_that_computes_in_bfloat16_does(monkeypatch):
-    for native in (True, False):                # a T4, say, only emulates it
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation=True: native or including_emulation)
-        assert train.trains_in_bfloat16(torch.device("cuda")) is native
-        assert train.trains_in_bfloat16(torch.device("cpu")) is False
 
 
 @pytest.mark.parametrize("minutes, steps", [("1", "4"), ("0", "[23]")])    # or within an epoch

@@ -14,7 +14,7 @@ import train
 from senetv2 import OURS, AggregatedSqueezeExcitation, LiteralBranches, build_model
 
 
-def training_step(net, batch_size, image_size, device):
+def training_step(net, batch_size, image_size, device, precision):
     """A function that makes one training step: forward, loss, backward and Adam."""
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
@@ -22,7 +22,7 @@ def training_step(net, batch_size, image_size, device):
     labels = torch.randint(10, (batch_size,), device=device)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=train.trains_in_bfloat16(device)):
+        with train.autocast(device, precision):         # float16 without the scale of the loss
             loss = F.cross_entropy(net(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -68,6 +68,7 @@ def main(argv=None):
             ("seconds", float, 60, "how long to measure training")):
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument("--precision", choices=train.OPTIONS["precision"][1], help="as in train.py")
     args = parser.parse_args(argv)
     if args.dataset not in data.DATASETS:
         parser.error(f"--dataset is {args.dataset}; give one of {', '.join(data.DATASETS)}")
@@ -76,8 +77,9 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    args.precision = train.choose_precision(device, args.precision)
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{'bfloat16' if train.trains_in_bfloat16(device) else 'float32'}; median [quartiles]")
+          f"{args.precision}; median [quartiles]")
     for part in (bench_networks, bench_loader, bench_cardinality):
         part(args, device)
 
@@ -89,7 +91,7 @@ def bench_networks(args, device):
         net = build_model(name, 10, tuple(map(int, args.layers.split(","))), args.stem)
         net.to(device, memory_format=torch.channels_last)
         net = torch.compile(net) if args.compile else net
-        steps.append(training_step(net, args.batch_size, args.image_size, device))
+        steps.append(training_step(net, args.batch_size, args.image_size, device, args.precision))
     times = interleaved(steps, args.seconds, device)
 
     print(f"\ntraining steps of {args.batch_size} images, {args.image_size}x{args.image_size}, "
@@ -108,7 +110,8 @@ def bench_loader(args, device):
     if not (count := min(20, source.steps)):
         sys.exit("tools.bench: error: not even one batch; give a smaller --batch-size")
     net = build_model("senetv2").to(device, memory_format=torch.channels_last)
-    step = training_step(net, args.batch_size, source.view([0]).shape[-1], device)
+    step = training_step(net, args.batch_size, source.view([0]).shape[-1], device,
+                         args.precision)
 
     def load():
         list(zip(range(count), source.train_batches(0)))

@@ -23,7 +23,8 @@ from torchvision.utils import save_image
 import train
 from data import printable
 from senetv2 import GATES
-from train import RANK, SETTINGS, WORLD, evaluate, in_words, load, open_data, say, sums_per_class
+from train import (RANK, SETTINGS, WORLD, evaluate, in_words, load, on_host, open_data, say,
+                   sums_per_class)
 
 OPTIONS = {"checkpoint": (None, str, "what to evaluate: a run's folder or its last.pt; by default "
                                      "the folder that the other flags name")}
@@ -41,7 +42,7 @@ def run_evaluation(args, settings, device):
 
     answers = []        # of each batch: the probability of the most likely class, and its number
     hook = net.register_forward_hook(
-        lambda net, images, logits: answers.append(logits.double().softmax(1).max(1)))
+        lambda net, images, logits: answers.append(on_host(logits).softmax(1).max(1)))
     test, per_class = evaluate(net, data)
     hook.remove()
     result = f"{data.test_size:,} test images of {net.settings['dataset']}: {in_words(test)}"

@@ -6,7 +6,7 @@ import torch
 
 import train
 from data import read_image
-from train import load, say
+from train import load, on_host, say
 
 OPTIONS = {
     "image": ([], list, "image files"),
@@ -23,7 +23,7 @@ def run_prediction(args, settings, device):
     net = load(args.checkpoint or args.out).to(device, memory_format=torch.channels_last)
     for path in args.image:
         logits = net(net.preprocess(read_image(path)).to(device))[0]
-        best = logits.double().softmax(0).topk(min(5, len(net.classes)))
+        best = on_host(logits).softmax(0).topk(min(5, len(net.classes)))
         say(path)
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
             say(f"{probability:8.2%}  {net.classes[index]}")

@@ -1,0 +1,195 @@
+"""Number formats, devices, and the ways in which a system starts processes."""
+import contextlib
+import functools
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import train
+from senetv2 import build_model
+from test_senetv2 import HERE, SMALL, eight_steps, equal, rows, same_result, stop_at
+from tests.conftest import complaint, edited, folder_flags
+from tools import evaluate, predict
+
+# ------------------------------------------------------------------------------------ Number formats
+
+
+def large_scale(monkeypatch, start=2.0 ** 11):
+    """float16 in which the first steps overflow (with this start), and the scale soon grows again."""
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(
+        torch.amp.GradScaler, init_scale=start, growth_interval=2))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_a_run_in_16_bits_that_was_stopped_ends_alike(precision, whole, tmp_path, monkeypatch,
+                                                      capsys):
+    scales, update = [], torch.amp.GradScaler.update
+    monkeypatch.setattr(torch.amp.GradScaler, "update", lambda self: (
+        update(self), scales.append(self.get_scale())))
+    large_scale(monkeypatch)
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    train.main(eight_steps("shapes", whole, undisturbed, "--precision", precision))
+    if precision == "float16":
+        changes = {b / a for a, b in itertools.pairwise(scales)}
+        assert changes == {0.5, 1, 2}                   # it fell, stayed and rose
+    stop_at(6, eight_steps("shapes", whole, stopped, "--precision", precision), monkeypatch)
+
+    # It keeps its format without being told, and refuses another.
+    assert f"--precision {precision}" in complaint(
+        capsys, *eight_steps("shapes", whole, stopped, "--precision", "float32"))
+    train.main(eight_steps("shapes", whole, stopped))
+    assert f"precision={precision}" in capsys.readouterr().out
+    assert same_result(stopped, undisturbed)
+    assert json.loads((stopped / "config.json").read_text())["precision"] == precision
+    assert not equal(train.read_checkpoint(stopped)["model"],
+                     train.read_checkpoint(whole / "shapes")["model"])
+
+    # Losses are not scaled; the test images are evaluated in float32.
+    assert all(0 < float(row["train_loss"]) < 10 for row in rows(stopped))
+    images, labels = data.draw_shapes(1000, seed=2)
+    net = train.load(stopped)
+    found = net(torch.cat([*map(net.preprocess, images)])).argmax(1) == labels
+    assert float(rows(stopped)[-1]["top1"]) == pytest.approx(100 * found.float().mean().item())
+
+
+def test_a_gradient_that_overflows_skips_the_step_and_halves_the_scale(whole, tmp_path,
+                                                                       monkeypatch):
+    large_scale(monkeypatch, 2.0 ** 60)
+    train.main(eight_steps("shapes", whole, tmp_path, "--precision", "float16"))
+    saved = train.read_checkpoint(tmp_path)
+    assert saved["step"] == 8 and saved["scaler"]["scale"] == 2.0 ** 52
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = build_model("mobilenet_v2", 10)
+    assert all(torch.equal(weight, saved["model"][name])
+               for name, weight in start.named_parameters())
+
+
+@pytest.mark.parametrize("capability, chosen, older", [
+    ((6, 1), "float32", "float32"),             # a GTX 1080
+    ((7, 5), "float16", "float32"),             # a T4 only emulates bfloat16
+    ((8, 0), "bfloat16", "bfloat16"),           # an A100
+])
+def test_by_default_a_gpu_uses_the_16_bits_it_is_made_for(capability, chosen, older, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+        including_emulation or capability >= (8, 0)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cuda = torch.device("cuda")
+    assert train.choose_precision(cuda) == chosen
+    assert train.choose_precision(cuda, "float32") == "float32"
+
+    # A run goes on as it began, also one of older code, which stored no precision.
+    assert train.choose_precision(cuda, None, dict(about=None)) == older
+    assert train.choose_precision(cuda, None, dict(about=dict(precision="float16"))) == "float16"
+    assert train.choose_precision(torch.device("cpu")) == "float32"
+
+
+def test_bfloat16_on_a_processor_without_units_for_it_gets_a_warning(monkeypatch, capsys):
+    for units, lines in ((dict(avx2=True, avx512_bf16=False), 1), (dict(amx_bf16=True), 0)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
+        for device, precision in (("cpu", "bfloat16"), ("cpu", "float32"), ("meta", "bfloat16")):
+            train.choose_precision(torch.device(device), precision)
+        assert capsys.readouterr().out.count("float32 would be faster") == lines
+
+
+def test_a_checkpoint_that_names_no_precision_goes_on(whole, tmp_path, monkeypatch):
+    flags = eight_steps("shapes", whole, tmp_path)
+    stop_at(6, flags, monkeypatch)
+    edited(lambda saved: [saved.pop(key) for key in ("about", "scaler")])(tmp_path / "last.pt")
+    train.main(flags)
+    assert same_result(tmp_path, whole / "shapes")
+
+
+# ------------------------------------------------------------------------------------------ Devices
+
+
+@pytest.mark.parametrize("found, offered, taken", [
+    (None, ("cpu",), "cpu"), ("cuda", ("cpu", "cuda"), "cuda"), ("mps", ("cpu", "mps"), "cpu")])
+def test_the_accelerator_is_offered_and_cuda_taken(found, offered, taken, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: (
+        torch.device(found or "cuda") if found or not check_available else None))
+    spec = importlib.util.spec_from_file_location("train_elsewhere", HERE / "train.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    assert module.OPTIONS["device"][:2] == (taken, offered)
+
+
+def test_several_processes_on_other_accelerators_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(train.OPTIONS, "device", ("cpu", ("cpu", "mps"), "where"))
+    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(train.os, "_exit", sys.exit)
+    assert "mps" in complaint(capsys, "--device", "mps", "--out", tmp_path)
+
+
+def test_on_other_accelerators_batches_are_gathered_on_the_cpu_and_sent():
+    source = data.load_data("shapes", device="meta", train_images=64, batch_size=32)
+    (images, labels), *_ = source.train_batches(0)
+    assert {images.device.type, labels.device.type} == {"meta"} and images.shape == (32, 3, 32, 32)
+    assert {source.windows.device.type, source.labels.device.type} == {"cpu"}
+    assert source.view([0]).device.type == "meta"
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 that was not made by on_host, and operations on it and on other tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.host = {}                  # by id; held, so that no other tensor gets the same
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        results = function(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(results) if isinstance(x, torch.Tensor)]
+        if any(x.dtype == torch.float64 for x in (*given, *made)):
+            floats = [x for x in given if x.is_floating_point()]
+            assert floats and all(id(x) in self.host for x in floats), f"float64 in {function}"
+            self.host.update((id(x), x) for x in made)
+        return results
+
+
+def test_no_float64_reaches_an_accelerator(folder, tmp_path, monkeypatch):
+    forbidden, counted = NoFloat64(), []
+
+    def on_host(tensor, inner=train.on_host):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
+            result = inner(tensor)
+        counted.append(forbidden.host.setdefault(id(result), result))
+        return result
+    for module in (train, evaluate, predict):
+        monkeypatch.setattr(module, "on_host", on_host)
+    flags = folder_flags(folder, tmp_path / "run", epochs=2)
+    with forbidden:
+        train.main([*flags, "--label-smoothing", "0.1", "--weight-decay", "0.1"])
+        train.main([*flags[:-1], str(tmp_path / "sgd"), "--optimizer", "sgd", "--epochs", "1"])
+        train.main(eight_steps("shapes", folder, tmp_path / "16", "--precision", "float16"))
+        before = len(counted)
+        evaluate.main(["--checkpoint", str(tmp_path / "run"), "--data-dir", str(folder),
+                       "--workers", "0"])
+        predict.main(["--checkpoint", str(tmp_path / "run"), "--image",
+                      *map(str, folder.glob("val/*/*_0.JPEG"))])
+    assert len(counted) >= before + 3
+    with forbidden, pytest.raises(AssertionError, match="float64"):
+        torch.ones(2).double()
+
+
+# -------------------------------------------------------------------------------- Start of processes
+
+
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_workers_start_in_every_way_of_this_python(method, whole, tmp_path):
+    flags = eight_steps("folder", whole, tmp_path, "--workers", "2")
+    program = ("import multiprocessing, sys, train; "
+               f"multiprocessing.set_start_method({method!r}); train.main(sys.argv[1:])")
+    process = subprocess.run([sys.executable, "-W", "error", "-c", program, *flags], cwd=HERE,
+                             capture_output=True, text=True)
+    assert process.returncode == 0 and process.stderr == ""
+    assert same_result(tmp_path, whole / "folder")
