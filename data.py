@@ -289,6 +289,8 @@ def read_cifar(dataset, root):
     Raises FileNotFoundError where the files are missing or damaged and cannot be downloaded.
     """
     source = getattr(datasets, dataset.upper())
+    if not Path(root, source.base_folder).exists():
+        print(f"downloading {dataset}, 170 MB, to {printable(str(root))}", flush=True)
     try:
         train = source(root, train=True, download=True)     # only what is not there yet
         test = source(root, train=False)

@@ -21,10 +21,10 @@ Softmax makes probabilities of the logits: p_k = exp(l_k) / sum over j of exp(l_
 does this itself, and returns the mean of -log p over the batch, for the right classes.  backward
 applies the chain rule from the loss back to the first layer, and adds dL/dw to w.grad.
 
-The five lines are the body of `training_step` below.  Around it, the loop does three more things,
-each in a section of its own: it can run in several processes, it records its step for a GPU, and it
-saves checkpoints.  Read "The loop" and "What a step uses" first, then the settings.  Data, network
-and optimiser are made in `run_training`, by open_data, build_network and make_optimizer.
+The five lines are the body of `training_step` below.  (There, a scaler comes in between for float16
+alone.)  Around it, the loop does three more things, each in a section of its own: it can run in
+several processes, it records its step for a GPU, and it saves checkpoints.  Read "The loop" and
+"What a step uses" first, then the settings.  `run_training` makes data, network and optimiser.
 
     python train.py                                             shapes: minutes on a laptop
     python train.py --dataset cifar100                          SENetV2-50, as in the paper
@@ -101,7 +101,9 @@ def train(run, net, optimizer, data, args):
             evaluate(net, data)
     """
     settings, model = run.settings, parallel(net, args.compile)     # model is net, wrapped
-    total, scaler = settings["epochs"] * data.steps, run.scaler
+    total, scaler, precision = settings["epochs"] * data.steps, run.scaler, run.about["precision"]
+    autocast = torch.autocast(data.device.type, getattr(torch, precision),
+                              enabled=precision != "float32")
 
     def training_step(images, labels):
         """The mean loss of a batch before the step, and its share of right answers.
@@ -109,7 +111,7 @@ def train(run, net, optimizer, data, args):
         A network that knows nothing gives all classes the same probability, 1/classes.  So the
         first loss should be near ln(classes): 2.3 for ten.  A much larger one hints at an error.
         """
-        with autocast(data.device, run.about["precision"]): # on GPUs, products of 16-bit floats
+        with autocast:                                      # on GPUs, products of 16-bit floats
             logits = model(images)                                              # (B, classes)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
         optimizer.zero_grad()       # else each step would follow the sum of all gradients so far
@@ -330,10 +332,9 @@ OPTIONS = {         # what is not meant to change a result, beyond rounding
     "workers": (max(1, min(8, CORES // LOCAL_WORLD)), within(int, 0),
                 "imagenet, folder: processes that decode images, per training process"),
     "device": ("cuda" if "cuda" in DEVICES else "cpu", DEVICES, "where to compute"),
-    "precision": (None, ("float32", "bfloat16", "float16"), "of products in training; by default "
-                  "bfloat16 or float16 on GPUs made for it, elsewhere float32"),
+    "precision": (None, ("float32", "bfloat16", "float16"), "in training; by default by hardware"),
     "cuda_graph": (True, bool, "on one GPU, record forward and backward, unless --compile"),
-    "compile": (False, bool, "use torch.compile"),
+    "compile": (False, bool, "use torch.compile; on CPUs, it brought nothing"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
     "checkpoint_minutes": (1.0, within(float, 0), "minutes between checkpoints"),
 }
@@ -376,21 +377,16 @@ def over_processes(value):
     return value
 
 
-def autocast(device, precision):
-    """A context in which the network multiplies in this number format, and adds in float32."""
-    return torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32")
-
-
 def choose_precision(device, asked=None, saved=None):
     """What was asked for, or the fastest that the device is made for: on GPUs, bfloat16 from Ampere
     on, float16 from Volta on.  But a run keeps what it began with: its checkpoint, `saved`, tells.
     Raises ValueError if something else was asked for."""
-    on_gpu = device.type == "cuda"
-    has_bfloat16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    has_float16 = on_gpu and torch.cuda.get_device_capability() >= (7, 0)
-    older = "bfloat16" if has_bfloat16 else "float32"           # older code did not store it
-    precision = ((saved["about"] or {}).get("precision", older) if saved else
-                 asked or ("float16" if has_float16 and not has_bfloat16 else older))
+    on_gpu, older, usual = device.type == "cuda", "float32", "float32"
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        older = usual = "bfloat16"
+    elif on_gpu and torch.cuda.get_device_capability() >= (7, 0):
+        usual = "float16"                   # older code had none, and did not store what it used
+    precision = (saved["about"] or {}).get("precision", older) if saved else asked or usual
     if asked not in (None, precision):
         raise ValueError(f"this run began with --precision {precision}; pass another --out")
     units = getattr(torch.cpu, "get_capabilities", lambda: dict(bf16=True))()   # not in all torches
@@ -671,8 +667,8 @@ def run_training(args, settings, device):
         precision = choose_precision(device, args.precision, saved[0])
         run = Run(settings, data.classes, data.digest, describe_machine(net, data, precision),
                   torch.amp.GradScaler(device.type, enabled=precision == "float16"),
-                  losses=torch.zeros(data.steps, device=device),
-                  accuracies=torch.full((data.steps,), math.nan, device=device))  # not measured yet
+                  losses=torch.zeros(data.steps, device=device),        # nan: not measured yet
+                  accuracies=torch.full((data.steps,), math.nan, device=device))
         if saved[0]:
             resume(run, net, optimizer, saved[0], args.out)
             if len(run.history) == settings["epochs"]:
@@ -729,9 +725,8 @@ def start_training(run, net, optimizer, data, args):
 
 def describe_machine(net, data, precision):
     """What config.json holds besides the settings."""
-    kind = data.device.type.upper()
-    hardware = (torch.cuda.get_device_name() if kind == "CUDA"
-                else f"{platform.machine()} {kind}, {torch.get_num_threads()} threads")
+    hardware = (torch.cuda.get_device_name() if data.device.type == "cuda" else platform.machine()
+                + f" {data.device.type.upper()}, {torch.get_num_threads()} threads")
     return dict(
         parameters=sum(p.numel() for p in net.parameters()), processes=WORLD, device=hardware,
         precision=precision, torch=str(torch.__version__), torchvision=str(torchvision.__version__),
@@ -821,8 +816,6 @@ def main(argv=None, action=run_training, **about):
             torch.cuda.set_device(LOCAL_RANK)               # what "cuda" means from here on
             torch.backends.cudnn.benchmark = True           # shapes hardly change: try kernels once
             torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
-        elif args.device != "cpu" and WORLD > 1:
-            raise ValueError(f"several processes cannot share gradients on {args.device}")
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         action(args, settings, torch.device(args.device))

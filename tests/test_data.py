@@ -157,8 +157,8 @@ def test_a_linear_classifier_on_the_pixels_fails_on_shapes():
 
 @pytest.mark.parametrize("dataset, key, classes", [("cifar10", "labels", 10),
                                                    ("cifar100", "fine_labels", 100)])
-def test_cifar_is_read_in_its_original_format_or_refused_with_the_way_out(dataset, key, classes,
-                                                                          tmp_path, monkeypatch):
+def test_cifar_is_read_in_its_original_format_or_refused_with_the_way_out(
+        dataset, key, classes, tmp_path, monkeypatch, capsys):
     source, module = getattr(torchvision.datasets, dataset.upper()), torchvision.datasets.cifar
     pixels = torch.randint(256, (36, 3, 32, 32), dtype=torch.uint8)
     labels, names = torch.randint(classes, (36,)), [f"class {i}" for i in range(classes)]
@@ -180,6 +180,10 @@ def test_cifar_is_read_in_its_original_format_or_refused_with_the_way_out(datase
         said = f"{dataset} is missing or damaged in .*{root} .*DATASET=shapes"
         with pytest.raises(FileNotFoundError, match=said):
             data.load_data(dataset, tmp_path)
+    assert "downloading" not in capsys.readouterr().out             # some files were there
+    with pytest.raises(FileNotFoundError, match="DATASET=shapes"):
+        data.load_data(dataset, tmp_path / "elsewhere")
+    assert f"downloading {dataset}" in capsys.readouterr().out
 
     monkeypatch.setattr(module, "check_integrity", lambda path, md5: True)
     ours, test = data.load_data(dataset, tmp_path, batch_size=2), slice(-36 // len(files), None)

@@ -122,13 +122,6 @@ def test_the_accelerator_is_offered_and_cuda_taken(found, offered, taken, monkey
     assert module.OPTIONS["device"][:2] == (taken, offered)
 
 
-def test_several_processes_on_other_accelerators_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.OPTIONS, "device", ("cpu", ("cpu", "mps"), "where"))
-    monkeypatch.setattr(train, "WORLD", 2)
-    monkeypatch.setattr(train.os, "_exit", sys.exit)
-    assert "mps" in complaint(capsys, "--device", "mps", "--out", tmp_path)
-
-
 def test_on_other_accelerators_batches_are_gathered_on_the_cpu_and_sent():
     source = data.load_data("shapes", device="meta", train_images=64, batch_size=32)
     (images, labels), *_ = source.train_batches(0)

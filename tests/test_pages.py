@@ -1,4 +1,5 @@
 """The Makefile, the pages, and the form of the scripts."""
+import copy
 import json
 import re
 import shlex
@@ -220,3 +221,22 @@ def test_lines_end_by_column_100():
     files = [*HERE.glob("*.py"), *HERE.glob("tests/*.py")]
     assert len(files) > 10 and [line for path in files for line in path.read_text(
         encoding="utf-8").splitlines() if len(line) > 100] == []
+
+
+def test_the_readme_is_right_about_chance_and_overfitting(tmp_path, monkeypatch):
+    typed = re.search(r"`make train (TRAIN_IMAGES=.*?)`, in a minute", PAGES["README.md"])[1]
+    flags = re.sub("(?:^| )([A-Z_]+)=", lambda name: f" --{name[1]} ", typed).lower()
+    found, evaluate = [], train.evaluate
+
+    def twice(net, data):       # a network that knows nothing, and the one at the end
+        if not found:
+            net = copy.deepcopy(net)
+            net.fc.weight.data.zero_(), net.fc.bias.data.zero_()
+        found.append(found[-1] if 0 < len(found) < 29 else evaluate(net, data))
+        return found[-1]
+    monkeypatch.setattr(train, "evaluate", twice)
+    train.main([*flags.replace("_", "-").split(), "--device", "cpu", "--out", str(tmp_path)])
+    first, *_, last = [{key: float(row[key]) for key in row} for row in rows(tmp_path)]
+    assert len(found) == 30 and (first["top1"], round(first["test_loss"], 2)) == (10, 2.30)
+    assert last["train_top1"] > 90 and last["train_loss"] < 0.3
+    assert 10 < last["top1"] < 30 and last["test_loss"] > 4
