@@ -23,7 +23,7 @@ differently in each epoch cannot learn its pixels by heart.  Test images are not
 The paper does not say how it augments.  We do what is usual.  CIFAR and shapes are padded by 4
 zeros per side, cropped back and flipped (arXiv 1512.03385, section 4.2).  Images of folders are
 cropped at random to 8-100% of their area, resized and flipped.
-An incomplete last batch is not trained on.
+An incomplete last batch is not trained on, so that all steps average over equally many images.
 
 Read to the end of "Sets in memory", then load_data, then train.py.  The sections on the shapes,
 CIFAR and folders are for those who want to know how their images are read.

@@ -73,23 +73,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # ----------------------------------------------------------------------------------------- The loop
 
 
-@dataclasses.dataclass
-class Run:
-    """What last.pt holds besides the network and the optimiser."""
-
-    settings: dict              # what defines the result, by name
-    classes: list               # their names
-    data_digest: str            # of the images: a run refuses to resume on others
-    about: dict                 # the machine and the versions of the last start
-    scaler: torch.amp.GradScaler    # of the loss, in float16
-    losses: torch.Tensor        # of each step of the current epoch: the mean loss,
-    accuracies: torch.Tensor    # and the share of right answers
-    step: int = 0               # steps done, in all epochs
-    history: list = dataclasses.field(default_factory=list)     # a dict per finished epoch
-
-
 def train(run, net, optimizer, data, args):
-    """Train `net` from step `run.step` to the last epoch; save now and then, and at the end.
+    """Train `net` from step `run.step` to the last epoch; save now and then, and at the end.  `run`
+    is a Run (see Checkpoints): settings, counters and results.
 
     Without what serves speed, several processes and resuming, it is:
 
@@ -483,6 +469,21 @@ def say(text, end="\n"):
 
 # ------------------------------------------------------------------------------------- Checkpoints
 # You need this section to know what is saved, when, and why no power cut can destroy it.
+
+
+@dataclasses.dataclass
+class Run:
+    """What last.pt holds besides the network and the optimiser."""
+
+    settings: dict              # what defines the result, by name
+    classes: list               # their names
+    data_digest: str            # of the images: a run refuses to resume on others
+    about: dict                 # the machine and the versions of the last start
+    scaler: torch.amp.GradScaler    # of the loss, in float16
+    losses: torch.Tensor        # of each step of the current epoch: the mean loss,
+    accuracies: torch.Tensor    # and the share of right answers
+    step: int = 0               # steps done, in all epochs
+    history: list = dataclasses.field(default_factory=list)     # a dict per finished epoch
 
 
 class Saver:

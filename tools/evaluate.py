@@ -140,7 +140,8 @@ def page(net, data, folder, result, chances, predicted, gates):
     title = f"{net.settings['model']} on {net.settings['dataset']}"
     sections = [
         ("Curves", "Each point is an epoch: training is the mean over it, of augmented images and "
-         "of weights that still change; test is the network at its end; the dashed line is chance.",
+         "of weights that still change; test is the network at its end; the dashed line is chance. "
+         "Test loss that rises while training loss falls means overfitting.",
          from_file(curves, folder / "metrics.csv", len(names))),
         (matrix if len(names) <= FEW else confusions)(names, counts, images),
         ("Mistakes", "Of its wrong answers, the network was most sure of these (at most 40, and "
@@ -282,11 +283,13 @@ def strips(names, black, stages):
 def shares(names, counts, images):
     """Accuracies with Wilson's interval, which has a width also where all answers are right."""
     rows = []
-    for i, name in enumerate(names):
-        p, w = counts[i, i] / images[i], 1.96**2 / images[i]
+    each = [(name, counts[i, i], images[i]) for i, name in enumerate(names)]
+    _, right, total = zip(*each)
+    for name, hits, count in (*each, ("all together", sum(right), sum(total))):
+        p, w = hits / count, 1.96**2 / count
         half = math.sqrt(w * (p * (1 - p) + w / 4))
         low, high = (100 * (p + w / 2 + end) / (1 + w) for end in (-half, half))
-        rows.append([name, counts[i, i], images[i], f"{100 * p:.1f}%", f"{low:.1f} to {high:.1f}%",
+        rows.append([name, hits, count, f"{100 * p:.1f}%", f"{low:.1f} to {high:.1f}%",
                      '<svg viewBox="0 0 100 8" style="width: 10rem"><path d="M0 4H100" /><path '
                      f'class="test" stroke-width="6" d="M{low:.1f} 4H{high:.1f}" /></svg>'])
     return table(["class", "right", "images", "accuracy", "95% interval", "0 to 100%"], rows, "")
