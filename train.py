@@ -88,22 +88,24 @@ def train(run, net, optimizer, data, args):
     """
     settings, model = run.settings, parallel(net, args.compile)     # model is net, wrapped
     total, scaler, precision = settings["epochs"] * data.steps, run.scaler, run.about["precision"]
-    autocast = torch.autocast(data.device.type, getattr(torch, precision),
-                              enabled=precision != "float32")
+    autocast = torch.autocast(data.device.type, getattr(torch, precision), precision != "float32")
 
     def training_step(images, labels):
         """The mean loss of a batch before the step, and its share of right answers.
 
         A network that knows nothing gives all classes the same probability, 1/classes.  So the
         first loss should be near ln(classes): 2.3 for ten.  A much larger one hints at an error.
+
+        The scaler acts in float16 alone, which rounds small gradients to 0: it scales the loss up
+        and then the gradients down.  If one of them is infinite, it leaves the step out.
         """
         with autocast:                                      # on GPUs, products of 16-bit floats
             logits = model(images)                                              # (B, classes)
             loss = F.cross_entropy(logits, labels, label_smoothing=settings["label_smoothing"])
         optimizer.zero_grad()       # else each step would follow the sum of all gradients so far
-        scaler.scale(loss).backward()       # float16 alone is scaled: it would round small
-        scaler.step(optimizer)              # gradients to 0.  The step scales back, or is left out
-        scaler.update()                     # if a gradient overflowed; then the scale is halved.
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         return loss.detach(), (logits.argmax(1) == labels).float().mean()
 
     # On a GPU, Python runs this function only twice; later calls replay what it told the GPU to do,
@@ -284,7 +286,7 @@ FOR_DATASET = {     # the built-in set is for a laptop: the paper's small networ
 
 SETTINGS = {        # what defines a result: default, type or choices, meaning
     "dataset": ("shapes", DATASETS, "what to train on"),
-    "model": ("senetv2", OURS + PEERS, "the network; the last five are torchvision's"),
+    "model": ("senetv2", OURS + PEERS, "the network; those after senetv2 are torchvision's"),
     "recipe": ("paper", tuple(RECIPES), "a set of defaults for what is below"),
     "layers": ("3,4,6,3", four_stages, "bottlenecks per stage; 3,4,6,3 is ResNet-50"),
     "stem": ("imagenet", STEMS, "imagenet: 7x7, stride 2, pooling; cifar: 3x3, stride 1"),
@@ -364,14 +366,13 @@ def over_processes(value):
 
 
 def choose_precision(device, asked=None, saved=None):
-    """What was asked for, or the fastest that the device is made for: on GPUs, bfloat16 from Ampere
-    on, float16 from Volta on.  But a run keeps what it began with: its checkpoint, `saved`, tells.
-    Raises ValueError if something else was asked for."""
+    """What was asked for, or the fastest that the device is made for.  But a run keeps what it began
+    with: its checkpoint, `saved`, tells.  Raises ValueError if something else was asked for."""
     on_gpu, older, usual = device.type == "cuda", "float32", "float32"
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):      # from Ampere on
         older = usual = "bfloat16"
     elif on_gpu and torch.cuda.get_device_capability() >= (7, 0):
-        usual = "float16"                   # older code had none, and did not store what it used
+        usual = "float16"       # on Volta and Turing; older code had none, and stored no precision
     precision = (saved["about"] or {}).get("precision", older) if saved else asked or usual
     if asked not in (None, precision):
         raise ValueError(f"this run began with --precision {precision}; pass another --out")

@@ -144,8 +144,8 @@ def test_the_report_compares_networks_of_the_same_start(tmp_path, capsys):
     report.main([str(tmp_path)])
     text = capsys.readouterr().out
     lines = [line.split(" | ")[:1] + line.split(" | ")[3:]
-             for line in text.replace(" (one seed)", "").splitlines() if line.startswith("| ")]
-    assert text.count(" (one seed)") == 7
+             for line in text.replace(" (seed 0 alone)", "").splitlines() if line.startswith("| ")]
+    assert text.count(" (seed 0 alone)") == 7
     assert lines == [
         ["| network", "top-1 (%)", "minus resnet", "minus senet r=32",
          "minus the same without zero-init", "in the paper |"],
@@ -247,7 +247,7 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
     assert "| resnet | 8,036,426 | 2 | 70.00 ± 0.00 | - | - | 77.38 |" in text
     assert "### cifar10, all training images, 3 epochs" in text and "| 1 | 90.00 | - |" in text
     assert "### cifar10, 10,000 training" in text
-    assert "| 1 | 51.00 | +1.00 (one seed) | - | - |" in text
+    assert "| 1 | 51.00 | +1.00 (seed 0 alone) | - | - |" in text
     assert text.count("```mermaid") == 3
 
     # Unfinished runs, runs of other code and what is no run.

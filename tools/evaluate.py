@@ -144,14 +144,14 @@ def page(net, data, folder, result, chances, predicted, gates):
          "Test loss that rises while training loss falls means overfitting.",
          from_file(curves, folder / "metrics.csv", len(names))),
         (matrix if len(names) <= FEW else confusions)(names, counts, images),
-        ("Mistakes", "Of its wrong answers, the network was most sure of these (at most 40, and "
-         "four of a class): the true class, what it was taken for, and how probable that seemed.",
+        ("Mistakes", "Wrong answers, by class: the true class, what it was taken for, and how "
+         "probable that seemed; if there are many, those it was most sure of (four of a class).",
          mistakes(data, names, labels, chances, predicted)),
         *([("Gates", "Each row is a class and each column a channel, sorted by its mean, in the "
             "last block of a stage; where rows look alike, the gate treats those classes alike.",
             strips(names, *gates))] if gates else []),
         ("Each class", "The bar is the 95% interval: on many more such images, the accuracy would "
-         "most likely lie in it; few test images make it wide.", shares(names, counts, images)),
+         "most likely lie in it; few test images make it wide. Another seed may leave it.", shares(names, counts, images)),
         ("Settings, hardware, versions", "With the same settings you can repeat this run; other "
          "hardware or versions change the result a little.",
          from_file(origin, folder / "config.json"))]

@@ -74,6 +74,7 @@ def read_run(path):
     if len(run["top1"]) < settings["epochs"]:
         raise ValueError(f"{len(run['top1'])} of {settings['epochs']} epochs")
     run["machine"] = (f"{run['device']}, torch {run['torch']}"
+                      + f", {run.get('precision')}" * (run.get("precision", "float32") != "float32")
                       + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1))
     shared = tuple((key, settings[key]) for key in SETTINGS if key not in NETWORK)
     hash((shared, settings["seed"])), format(run["parameters"], ",")        # raise here if they do
@@ -133,11 +134,11 @@ def print_results(shared, networks):
 
 def difference(top1, name, base):
     """`name` minus `base` over their common seeds: the mean and its 95% interval, in words."""
-    gaps = [top1[name][seed] - top1[base][seed] for seed in top1[name]
-            if seed in top1.get(base, {}) and name != base
-            and (base == "resnet" or name.split()[0] != "resnet")]
+    seeds = [seed for seed in top1[name] if seed in top1.get(base, {}) and name != base
+             and (base == "resnet" or name.split()[0] != "resnet")]
+    gaps = [top1[name][seed] - top1[base][seed] for seed in seeds]
     if len(gaps) < 2:
-        return f"{gaps[0]:+.2f} (one seed)" if gaps else "-"
+        return f"{gaps[0]:+.2f} (seed {seeds[0]} alone)" if gaps else "-"
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     half = T95[min(len(gaps) - 2, len(T95) - 1)] * error        # of more than 10, a little too wide
     return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
