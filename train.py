@@ -74,7 +74,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def train(run, net, optimizer, data, args):
-    """Train `net` from step `run.step` on; save now and then, and at the end.  (Run: see Checkpoints.)
+    """Train `net` from step `run.step` on; save now and then, and at the end.  (Run: see below.)
 
     Without what serves speed, several processes and resuming, it is:
 
@@ -366,7 +366,7 @@ def over_processes(value):
 
 def choose_precision(device, asked=None, saved=None):
     """What was asked for, or the fastest that the device is made for.  But a run keeps what it
-    began with: its checkpoint, `saved`, tells.  Raises ValueError if something else is asked for."""
+    began with: its checkpoint, `saved`, tells.  Raises ValueError if another was asked for."""
     on_gpu, older, usual = device.type == "cuda", "float32", "float32"
     if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):      # from Ampere on
         older = usual = "bfloat16"

@@ -283,6 +283,18 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(minutes, steps,
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda run, net: run.losses.fill_(math.nan), lambda run, net: net.classifier[1].bias.data.fill_(
+        math.inf), lambda run, net: next(net.buffers()).fill_(math.nan)])
+def test_nothing_infinite_is_saved_at_a_broken_image(spoil, whole, tmp_path, monkeypatch, capsys):
+    def fails(run, net, *rest):
+        spoil(run, net)
+        raise data.ImageError("broken")
+    monkeypatch.setattr(train, "train", fails)
+    assert "no longer finite" in complaint(capsys, *eight_steps("shapes", whole, tmp_path))
+    assert not (tmp_path / "last.pt").exists()
+
+
 def test_a_batch_of_one_is_refused_only_where_it_cannot_be_normalised(folder, tmp_path, capsys):
     flags = [*folder_flags(folder, tmp_path / "run"), "--batch-size", "1", "--train-images", "2"]
     assert "too few for batch norm" in complaint(capsys, *flags)
