@@ -19,7 +19,7 @@ import data
 import train
 from senetv2 import build_model
 from test_senetv2 import HERE, SMALL, eight_steps, equal, rows, same_result, stop_at
-from tests.conftest import complaint, edited, folder_flags
+from tests.conftest import complaint, edited, folder_flags, load_folder
 from tools import evaluate, predict
 
 # ----------------------------------------------------------------------------------- Number formats
@@ -39,40 +39,41 @@ def test_a_run_in_16_bits_that_was_stopped_ends_alike(precision, whole, tmp_path
         update(self), scales.append(self.get_scale())))
     large_scale(monkeypatch)
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    train.main(eight_steps("shapes", whole, undisturbed, "--precision", precision))
+    few = ["--train-images", "16", "--batch-size", "4", "--workers", "0"]
+    train.main(eight_steps("folder", whole, undisturbed, *few, "--precision", precision))
     if precision == "float16":
         changes = {b / a for a, b in itertools.pairwise(scales)}
         assert changes == {0.5, 1, 2}                   # it fell, stayed and rose
-    stop_at(6, eight_steps("shapes", whole, stopped, "--precision", precision), monkeypatch)
+    stop_at(6, eight_steps("folder", whole, stopped, *few, "--precision", precision), monkeypatch)
 
     # It keeps its format without being told, and refuses another.
-    assert f"--precision {precision}" in complaint(
-        capsys, *eight_steps("shapes", whole, stopped, "--precision", "float32"))
-    train.main(eight_steps("shapes", whole, stopped))
+    flags = eight_steps("folder", whole, stopped, *few)
+    assert f"--precision {precision}" in complaint(capsys, *flags, "--precision", "float32")
+    train.main(flags)
     assert f"precision={precision}" in capsys.readouterr().out
     assert same_result(stopped, undisturbed)
     assert json.loads((stopped / "config.json").read_text())["precision"] == precision
-    assert not equal(train.read_checkpoint(stopped)["model"],
-                     train.read_checkpoint(whole / "shapes")["model"])
+    train.main([*flags, "--precision", "float32", "--out", str(tmp_path / "32")])
+    assert not equal(*(train.read_checkpoint(run)["model"] for run in (stopped, tmp_path / "32")))
 
     # Losses are not scaled; the test images are evaluated in float32.
     assert all(0 < float(row["train_loss"]) < 10 for row in rows(stopped))
-    images, labels = data.draw_shapes(1000, seed=2)
-    net = train.load(stopped)
+    net, source = train.load(stopped), load_folder(whole / "images", batch_size=16)
     with torch.no_grad():
-        loss = F.cross_entropy(net(torch.cat([*map(net.preprocess, images)])), labels).item()
+        loss, = (F.cross_entropy(net(images), labels).item()
+                 for images, labels in source.test_batches())
     assert float(rows(stopped)[-1]["test_loss"]) == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_gradient_that_overflows_skips_the_step_and_halves_the_scale(whole, tmp_path,
                                                                        monkeypatch):
     large_scale(monkeypatch, 2.0 ** 60)
-    train.main(eight_steps("shapes", whole, tmp_path, "--precision", "float16"))
+    train.main(eight_steps("folder", whole, tmp_path, "--workers", "0", "--precision", "float16"))
     saved = train.read_checkpoint(tmp_path)
     assert saved["step"] == 8 and saved["scaler"]["scale"] == 2.0 ** 52
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        start = build_model("mobilenet_v2", 10)
+        start = build_model("mobilenet_v2", 2)
     assert all(torch.equal(weight, saved["model"][name])
                for name, weight in start.named_parameters())
 
@@ -105,11 +106,11 @@ def test_bfloat16_on_a_processor_without_units_for_it_gets_a_warning(monkeypatch
 
 
 def test_a_checkpoint_that_names_no_precision_goes_on(whole, tmp_path, monkeypatch):
-    flags = eight_steps("shapes", whole, tmp_path)
+    flags = eight_steps("folder", whole, tmp_path, "--workers", "0")
     stop_at(6, flags, monkeypatch)
     edited(lambda saved: [saved.pop(key) for key in ("about", "scaler")])(tmp_path / "last.pt")
     train.main(flags)
-    assert same_result(tmp_path, whole / "shapes")
+    assert same_result(tmp_path, whole / "folder")
 
 
 # ------------------------------------------------------------------------------------------ Devices

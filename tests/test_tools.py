@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from torchvision.transforms import v2
 
 import data
 import train
+from senetv2 import build_model
 from test_senetv2 import HERE, SMALL, joined, rows, save_image
 from tests.conftest import (
     STATISTICS, complaint, edited, folder_flags, invent_run, load_folder, rename_class)
-from tools import evaluate, predict, report, table
+from tools import bench, evaluate, predict, report, table
 
 
 def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
@@ -286,3 +288,25 @@ def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(capsys):
     assert int(found[16][0]) == 23_712_932 - 64 * 3 * (7 * 7 - 3 * 3)
     work = int(found[8][4]) + 2048 * 900        # for 1000 classes, not 100
     assert round(work / 1e9, 3) == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"]
+
+
+def test_bench_tells_the_loader_from_a_step(monkeypatch, capsys):
+    now, loads, draw, inner = [0], [], data.InMemory.train_batches, bench.interleaved
+
+    def known(function):        # runs once; from then on loading takes 1 s, and all else half of it
+        before, _ = len(loads), function()
+        seconds = 1 if len(loads) > before else 0.5
+        return lambda: now.append(now[-1] + seconds)
+
+    for place, name, value in (
+            (bench, "time", SimpleNamespace(perf_counter=lambda: now[-1])),
+            (bench, "interleaved", lambda ways, *rest: inner([*map(known, ways)], *rest)),
+            (bench, "build_model", lambda name, *rest: build_model(name, *(rest or (10, SMALL)))),
+            (data.InMemory, "train_batches", lambda *args: loads.append(1) or draw(*args)),
+            (torch, "set_float32_matmul_precision", str),
+            (torch.backends.cudnn, "benchmark", False)):        # for these two, to last no longer
+        monkeypatch.setattr(place, name, value)
+    bench.main("--layers 1,1,1,1 --batch-size 2".split())
+    printed = capsys.readouterr().out
+    assert "| senetv2 | 4 [4, 4] | 1.000 " in printed and "| 64 | 512 | 500.00 [500." in printed
+    assert ": 40 images/s in batches of 2; it takes 10.00% of a training step" in printed
