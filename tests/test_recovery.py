@@ -136,7 +136,7 @@ def test_a_launcher_that_died_before_the_call_is_noticed(monkeypatch):
     monkeypatch.setattr(os, "_exit", ended.append)
     train.end_with_launcher()
     assert not ended
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: train.PARENT + 1)
     train.end_with_launcher()
     assert ended == [1]
 
