@@ -216,7 +216,7 @@ def evaluate(net, data):
             dist.broadcast(buffer, 0)
 
     def measures(images, labels):       # without autocast: in 16 bits, large logits may be equal
-        logits = on_host(net(images))
+        logits, labels = on_host(net(images)), labels.cpu()
         loss = F.cross_entropy(logits, labels, reduction="none")
         hits = logits.topk(min(5, len(data.classes))).indices == labels[:, None]    # (B, 5)
         return torch.stack([torch.ones_like(loss), loss, hits[:, 0], hits.any(1)], dim=1)
@@ -236,17 +236,17 @@ def sums_per_class(net, data, measures):
     net.eval()
     sums = 0
     for images, labels in data.test_batches():
-        labels = labels.cpu()
         rows = on_host(measures(images, labels))
         # row c += the rows of all images whose label is c
-        sums += rows.new_zeros(len(data.classes), rows.shape[1]).index_add_(0, labels, rows)
+        sums += rows.new_zeros(len(data.classes), rows.shape[1]).index_add_(0, labels.cpu(), rows)
     if WORLD > 1:
         dist.all_reduce(sums)
     return sums
 
 
 def on_host(tensor):
-    """In float64 on the CPU, for exact sums.  (Apple's GPUs, for example, have no float64.)"""
+    """In float64 on the CPU, for exact sums: Apple's GPUs, for example, have no float64.  It waits
+    for the device, so ask for it after all work of a batch has been handed over."""
     return tensor.cpu().double()
 
 
@@ -668,8 +668,8 @@ def run_training(args, settings, device):
         precision = choose_precision(device, args.precision, saved[0])
         run = Run(settings, data.classes, data.digest, describe_machine(net, data, precision),
                   torch.amp.GradScaler(device.type, enabled=precision == "float16"),
-                  losses=torch.zeros(data.steps, device=device),        # nan: not measured yet
-                  accuracies=torch.full((data.steps,), math.nan, device=device))
+                  losses=torch.zeros(data.steps, device=device),
+                  accuracies=torch.full((data.steps,), math.nan, device=device))    # none measured
         if saved[0]:
             resume(run, net, optimizer, saved[0], args.out)
             if len(run.history) == settings["epochs"]:

@@ -1,5 +1,4 @@
 """Number formats, devices, and the ways in which a system starts processes."""
-import contextlib
 import functools
 import importlib.util
 import itertools
@@ -12,13 +11,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 import data
 import train
 from senetv2 import build_model
-from test_senetv2 import HERE, SMALL, eight_steps, equal, rows, same_result, stop_at
+from test_senetv2 import HERE, eight_steps, equal, rows, same_result, stop_at
 from tests.conftest import complaint, edited, folder_flags, load_folder
 from tools import evaluate, predict
 
@@ -156,8 +155,7 @@ def test_no_float64_reaches_an_accelerator(folder, tmp_path, monkeypatch):
     forbidden, counted = NoFloat64(), []
 
     def on_host(tensor, inner=train.on_host):
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.utils._python_dispatch._disable_current_modes())
+        with _disable_current_modes():
             result = inner(tensor)
         counted.append(forbidden.host.setdefault(id(result), result))
         return result

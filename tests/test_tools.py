@@ -290,6 +290,15 @@ def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(capsys):
     assert round(work / 1e9, 3) == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["_ops"]
 
 
+def test_the_report_names_16_bits(tmp_path, capsys):
+    for precision, said in (("float32", "D, torch T."), ("bfloat16", "D, torch T, bfloat16.")):
+        invent_run(tmp_path / precision, 0, 50)
+        config = tmp_path / precision / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | dict(precision=precision)))
+        report.main([str(tmp_path / precision)])
+        assert f"Ran on: {said}" in capsys.readouterr().out
+
+
 def test_bench_tells_the_loader_from_a_step(monkeypatch, capsys):
     now, loads, draw, inner = [0], [], data.InMemory.train_batches, bench.interleaved
 

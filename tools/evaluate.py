@@ -151,7 +151,8 @@ def page(net, data, folder, result, chances, predicted, gates):
             "last block of a stage; where rows look alike, the gate treats those classes alike.",
             strips(names, *gates))] if gates else []),
         ("Each class", "The bar is the 95% interval: on many more such images, the accuracy would "
-         "most likely lie in it; few test images make it wide. Another seed may leave it.", shares(names, counts, images)),
+         "most likely lie in it; few test images make it wide. Another seed may leave it.",
+         shares(names, counts, images)),
         ("Settings, hardware, versions", "With the same settings you can repeat this run; other "
          "hardware or versions change the result a little.",
          from_file(origin, folder / "config.json"))]
