@@ -169,8 +169,10 @@ def test_the_results_are_what_the_report_prints(monkeypatch, capsys):
     assert written == printed and len(printed) > 50     # tables, charts, headings and lists
 
 
-def test_the_answers_and_the_verdict_follow_from_the_raw_files():
-    top1 = {}
+@pytest.fixture(scope="module")
+def top1():
+    """(data set, layers and epochs, network) -> seed -> top-1 after the last epoch, in %."""
+    found = {}
     for config in HERE.glob("results/*/*/config.json"):
         settings = json.loads(config.read_text())["settings"]
         if "other-machine" not in str(config):
@@ -178,18 +180,25 @@ def test_the_answers_and_the_verdict_follow_from_the_raw_files():
             width += "".join(f" {key.replace('_', '-')}" for key in ("residual", "zero_init")
                              if settings.get(key))
             table = f"{settings['dataset']} | {settings['layers']} | {settings['epochs']}"
-            seeds = top1.setdefault((table, settings["model"] + width), {})
+            seeds = found.setdefault((table, settings["model"] + width), {})
             seeds[settings["seed"]] = float(rows(config.parent)[-1]["top1"])
+    return found
 
+
+def gap(network, base):
+    """(number of common seeds, mean difference, half of its 95% interval, the two in words)"""
+    gaps = [network[seed] - base[seed] for seed in network.keys() & base.keys()]
+    error = np.std(gaps, ddof=1) / len(gaps)**0.5
+    mean, half = np.mean(gaps), {3: 4.303, 5: 2.776}[len(gaps)] * error     # Student's t
+    return len(gaps), mean, half, f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def test_the_answers_and_the_verdict_follow_from_the_raw_files(top1):
     answers = re.findall(r"^\| (cifar\d+ \| \S+ \| \d+) \| (.+) minus (.+) \| (\d) \| (.+) "
                          r"\| (\S+) \| (.+) \|$", PAGES["results/README.md"], re.M)
     for table, name, base, seeds, said, claim, words in answers:
-        name, base = top1[table, name], top1[table, base]
-        gaps = [name[seed] - base[seed] for seed in name.keys() & base.keys()]
-        mean, deviation = np.mean(gaps), np.std(gaps, ddof=1)
-        half = {3: 4.303, 5: 2.776}[len(gaps)] * deviation / len(gaps)**0.5     # Student's t
-        assert said == f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
-        assert seeds == str(len(gaps))
+        count, mean, half, right = gap(top1[table, name], top1[table, base])
+        assert (seeds, said) == (str(count), right)
         claims = [("the paper's figure", float(claim))] if claim != "-" else []
         assert words == ", ".join(f"{'ex' if abs(value - mean) > half else 'in'}cludes {text}"
                                   for text, value in [*claims, ("0", 0)])
@@ -197,8 +206,19 @@ def test_the_answers_and_the_verdict_follow_from_the_raw_files():
     verdict = re.search(r"\*\*The verdict\.\*\*(.*?)\n\n", PAGES["README.md"], re.DOTALL)[1]
     number = r"[+-]\d+\.\d\d"
     quoted = "".join(said + claim for *_, said, claim, _ in [answers[i] for i in (0, 3, 4)])
-    control, = [said.split()[0] for _, name, *_, said, _, _ in answers if name == "constant"]
-    assert re.findall(number, verdict) == [*re.findall(number, quoted), control]
+    start = {name + base: said for _, name, base, _, said, _, _ in answers if "zero-init" in name}
+    quoted += start["resnet zero-initresnet"] + start["senetv2 zero-initresnet zero-init"]
+    assert re.findall(number, verdict) == re.findall(number, quoted)
+
+
+def test_the_table_of_starts_follows_from_the_raw_files(top1):
+    section = re.search(r"^## The start$.*?^## ", PAGES["results/README.md"], re.M | re.DOTALL)[0]
+    lines = re.findall(r"^\| (.+) \| .+ \| 3 \| (.+) \| (.+) \| (.+) \|$", section, re.M)
+    seeds = {name: top1["cifar100 | 3,4,6,3 | 3", name] for name, *_ in lines}
+    assert len(seeds) == 8 and lines == [
+        (name, f"{np.mean([*found.values()]):.2f} ± {np.std([*found.values()], ddof=1):.2f}",
+         *("-" if name == base else gap(found, seeds[base])[-1]
+           for base in ("resnet", "resnet zero-init"))) for name, found in seeds.items()]
 
 
 def test_the_readme_quotes_rows_of_the_results():
