@@ -114,7 +114,8 @@ def test_curves_follow_metrics_csv_also_of_older_code(finished, tmp_path):
 
 
 def test_names_of_classes_cannot_break_the_page(folder, tmp_path):
-    names = ["<script>alert(1)<img src=x onerror=y>", "\"a\" & 'b' &lt;", "\u202eשלום\033[31m\n"]
+    names = ["<script>alert(1)<img src=x onerror=y>", "\"a\" & 'b' &lt;",
+             "\u202eשלום\033[31m\n"]
     for path in [*folder.glob("*/*")]:
         path.rename(path.with_name(names[("cat", "dog", "owl").index(path.name)]))
     train.main(folder_flags(folder, tmp_path / "run"))

@@ -231,10 +231,27 @@ def test_intervals_are_those_of_students_t():
         share = density.mean() * 2 * t / math.sqrt(freedom * math.pi)
         assert share == pytest.approx(0.95, abs=5e-5)
 
-    ones = {"net": {0: -1.0, 1: 1.0} | dict.fromkeys(range(2, 99), 0.0)}
+    base = {seed: dict(top1=[0.0], machine="M") for seed in range(99)}
+    net = base | {0: dict(top1=[-1.0], machine="M"), 1: dict(top1=[1.0], machine="M")}
     half = 2.262 * (2 / 98 / 99)**0.5       # of ten runs; for more than that a little too wide
-    ones["base"] = dict.fromkeys(range(99), 0.0)
-    assert report.difference(ones, "net", "base") == f"+0.00 [-{half:.2f}, +{half:.2f}]"
+    said = f"+0.00 [-{half:.2f}, +{half:.2f}]"
+    assert report.difference(dict(net=net, base=base), "net", "base") == said
+
+
+@pytest.mark.parametrize("changed", [dict(device="E"), dict(torch="U"), dict(precision="bfloat16")])
+def test_differences_across_machines_say_so(changed, tmp_path, capsys):
+    invent_run(tmp_path / "plain", 0, 50.0)
+    invent_run(tmp_path / "vit", 0, 51.0, model="vit")
+    config = tmp_path / "vit" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    report.main([str(tmp_path)])
+    assert "| +1.00 (seed 0 alone, across machines) |" in capsys.readouterr().out
+
+    for seed in (1, 2):
+        invent_run(tmp_path / f"plain{seed}", seed, 50.0)
+        invent_run(tmp_path / f"vit{seed}", seed, 51.0, model="vit")
+    report.main([str(tmp_path)])
+    assert "| +1.00 [+1.00, +1.00], across machines |" in capsys.readouterr().out
 
 
 def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, capsys):

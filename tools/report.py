@@ -104,20 +104,21 @@ def print_results(shared, networks):
           + "in the paper |\n" + "|---" * (7 + starts) + "|")
 
     ordered = sorted(networks, key=lambda name: [*networks[name].values()][0]["parameters"])
-    top1 = {name: {seed: run["top1"][-1] for seed, run in networks[name].items()}
-            for name in ordered}
     paper = {} if size else PAPER_TOP1.get((shared["dataset"], shared["layers"]), {})
-    for name, seeds in top1.items():
-        count, values = [*networks[name].values()][0]["parameters"], seeds.values()
+    for name in ordered:
+        runs = networks[name].values()
+        count, values = [*runs][0]["parameters"], [run["top1"][-1] for run in runs]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         start = ZERO_INIT * name.endswith(ZERO_INIT)    # compare with networks of the same start
         bases = ["resnet" + start, NARROW + start] + [name.removesuffix(ZERO_INIT)] * starts
-        print(f"| {name} | {count:,} | {len(seeds)} | {statistics.fmean(values):.2f}{spread} | "
-              + " | ".join(difference(top1, name, base) for base in bases)
+        print(f"| {name} | {count:,} | {len(runs)} | {statistics.fmean(values):.2f}{spread} | "
+              + " | ".join(difference(networks, name, base) for base in bases)
               + f" | {format(paper[name], '.2f') if name in paper else '-'} |")
     machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
-          f"by seed, mean [95% confidence interval]. Ran on: {'; '.join(machines)}.")
+          "by seed, mean [95% confidence interval]. "
+          + "In rows with zero-init, the first two subtract a network with it. " * starts
+          + f"Ran on: {'; '.join(machines)}.")
 
     if not sys.stdout.isatty():         # a chart that GitHub draws
         palette = ",".join(COLOURS[:max(9, len(ordered))])
@@ -132,16 +133,19 @@ def print_results(shared, networks):
         print("```\n\nLines: " + "; ".join(lines) + ".")
 
 
-def difference(top1, name, base):
+def difference(networks, name, base):
     """`name` minus `base` over their common seeds: the mean and its 95% interval, in words."""
-    seeds = [seed for seed in top1[name] if seed in top1.get(base, {}) and name != base
+    runs, others = networks[name], networks.get(base, {})
+    seeds = [seed for seed in runs if seed in others and name != base
              and (base == "resnet" or name.split()[0] != "resnet")]
-    gaps = [top1[name][seed] - top1[base][seed] for seed in seeds]
+    gaps = [runs[seed]["top1"][-1] - others[seed]["top1"][-1] for seed in seeds]
+    mixed = any(runs[seed]["machine"] != others[seed]["machine"] for seed in seeds)
+    across = ", across machines" * mixed
     if len(gaps) < 2:
-        return f"{gaps[0]:+.2f} (seed {seeds[0]} alone)" if gaps else "-"
+        return f"{gaps[0]:+.2f} (seed {seeds[0]} alone{across})" if gaps else "-"
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     half = T95[min(len(gaps) - 2, len(T95) - 1)] * error        # of more than 10, a little too wide
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]{across}"
 
 
 def main(argv=None):
