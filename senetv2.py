@@ -14,8 +14,9 @@ For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 
 The K hidden layers of SENetV2 all read the same z, and a ReLU works on each number alone.  So we
 can stack their matrices W11..W1K and get one layer with the same output: SENetV2 with r = 32 and
-K = 4 *is* SENet with r = 8, in function, in parameters and in training.  That one layer is what we
-run.  LiteralBranches keeps the K layers apart, as the paper draws them; a test compares the two.
+K = 4 *is* SENet with r = 8, in function, in parameters and, from the same weights, in training.
+That one layer is what we run.  LiteralBranches keeps the K layers apart, as the paper draws them;
+a test compares the two.
 
 Read down to the end of build_model, then data.py.  The two sections after it, on networks to
 compare with and on weights from elsewhere, can wait.
@@ -168,8 +169,8 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     image_size    pixels per side, which only vit must know.
     zero_init     start the last batch norm of each bottleneck at 0 (arXiv 1706.02677, section 5.1),
                   so that at first each block returns the ReLU of its shortcut.  In three epochs on
-                  CIFAR-100, plain ResNet-50 gained about as much from this as from gates
-                  (results/README.md, "The start").
+                  CIFAR-100, with our recipe, plain ResNet-50 gained about as much from this as from
+                  gates (results/README.md, "The start").
     options    go to torchvision's constructor, for example norm_layer=... .
 
     Raises ValueError for an unknown name or stem, for layers that are not four positive numbers,

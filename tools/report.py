@@ -118,7 +118,7 @@ def print_results(shared, networks):
     print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
           "by seed, mean [95% confidence interval]. "
           + "In rows with zero-init, the first two subtract a network with it. " * starts
-          + f"Ran on: {'; '.join(machines)}.")
+          + f"Ran on (CPUs are not told apart): {'; '.join(machines)}.")
 
     if not sys.stdout.isatty():         # a chart that GitHub draws
         palette = ",".join(COLOURS[:max(9, len(ordered))])
