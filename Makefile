@@ -100,10 +100,10 @@ test: $(READY)  ## check every claim of README, docs and docstrings
 bench: $(READY)  ## measure training, loading and the gates: STEM= LAYERS= BATCH_SIZE= DATASET= ...
 	$(PYTHON) -m tools.bench$(FLAGS)
 
-faults: $(READY)  ## kill 100 runs at random moments, see that none is lost: ARGS='--trials 20'
+faults: $(READY)  ## disturb 100 runs at random moments, see that none is lost: ARGS='--trials 20'
 	$(PYTHON) -m tools.faults$(ARGUMENTS)
 
-pictures: $(READY)  ## redraw the README's pictures
+pictures: $(READY)  ## redraw the README's pictures of shapes and gates
 	$(TRAIN)
 	$(PYTHON) -m tools.evaluate
 	$(PYTHON) data.py --out assets/shapes.png

@@ -54,9 +54,9 @@ DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
 
 # --------------------------------------------------------------------------------------- Statistics
 
-# Mean and standard deviation of each colour over all pixels of all training images, in 0 to 1.
-# The 0.2023, 0.1994, 0.2010 that is often copied for CIFAR-10 averages the deviations within single
-# images, and is too small.
+# Mean and standard deviation of each colour over all pixels of all training images, in 0 to 1; for
+# ImageNet, those in common use.  The 0.2023, 0.1994, 0.2010 that is often copied for CIFAR-10
+# averages the deviations within single images, and is too small.
 STATISTICS = {
     "shapes": ((0.4989, 0.5013, 0.5020), (0.2852, 0.2843, 0.2846)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -222,8 +222,9 @@ def length(u, v):
     return np.sqrt(u * u + v * v)
 
 
-# The sine and the cosine of whole degrees.  To draw the same bits on every processor, we use what
-# IEEE 754 fixes: + - * / and square roots, but no sines, which libraries round as they like.
+# The sine and the cosine of whole degrees.  To draw the same bits on every processor, we round them
+# to 6 decimals, because libraries differ in the last bits; all else is what IEEE 754 fixes: + - * /
+# and square roots.
 SINE = np.array([round(math.sin(math.radians(angle)), 6) for angle in range(360)], np.float32)
 COSINE = np.roll(SINE, -90)
 
@@ -243,8 +244,8 @@ SHAPES = {
 }
 
 
-def draw_shapes(count, seed, size=32):
-    """Draw figures, as many of each class: uint8 (count, 3, size, size) and labels (count,).
+def draw_shapes(count, seed):
+    """Draw figures, as many of each class: uint8 (count, 3, 32, 32) and labels (count,).
 
     Place, size, rotation and both colours vary, so no single pixel says anything about the class.
     """
@@ -255,7 +256,7 @@ def draw_shapes(count, seed, size=32):
 
     labels = rng.permutation(np.arange(count) % len(SHAPES))
     radius = uniform(10, 14, count, 1, 1)                                    # pixels
-    middle = size / 2 + uniform(-1, 1, 2, count, 1, 1) * (size / 2 - radius)
+    middle = 16 + uniform(-1, 1, 2, count, 1, 1) * (16 - radius)
     angle = rng.integers(0, 360, (count, 1, 1))                              # degrees
 
     # The two colours differ by 0.3 or more in each of red, green and blue.
@@ -264,7 +265,7 @@ def draw_shapes(count, seed, size=32):
     fore -= np.floor(fore)
 
     # Each pixel's place on the axes of the figure, where its radius is 1; all (count, H, W).
-    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5)[:, None] - middle
+    y, x = (np.mgrid[:32, :32].astype(np.float32) + 0.5)[:, None] - middle
     u = (x * COSINE[angle] + y * SINE[angle]) / radius
     v = (y * COSINE[angle] - x * SINE[angle]) / radius
     outside = np.empty_like(u)                                              # > 0 outside the figure
@@ -347,7 +348,7 @@ def read_image(path):
 
 def centre(size):
     """Resize the shorter side to 8/7 of `size`, as is usual (256 for 224), and crop the middle."""
-    return v2.Compose([v2.Resize(size * 8 // 7, antialias=True), v2.CenterCrop(size)])
+    return v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)])
 
 
 class Preprocess:
@@ -372,8 +373,7 @@ class ImageFiles(Dataset):
     def __init__(self, paths, labels, size, seed):
         self.paths, self.labels = paths, labels         # arrays: a list would be copied per worker
         self.size, self.seed = size, seed
-        self.augmented = v2.Compose([v2.RandomResizedCrop(size, antialias=True),
-                                     v2.RandomHorizontalFlip()])
+        self.augmented = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
         self.plain = centre(size)
 
     def __getitem__(self, key):
@@ -464,7 +464,7 @@ def list_images(root, split, left_out):
             return classes, np.array([os.fsencode(path) for path in paths]), np.array(labels)
         problem = (f"{looked} holds {len(classes)} folders {classes[:3]} and "
                    f"{len(inside) - len(classes):,} files")
-    except FileNotFoundError as error:          # no such root, or a class without images
+    except (FileNotFoundError, NotADirectoryError) as error:    # or a class without images
         problem = str(error) + f", files left out, by ending: {dict(left_out)}" * bool(left_out)
     raise FileNotFoundError(printable(
         f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "

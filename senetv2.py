@@ -14,12 +14,12 @@ For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 
 The K hidden layers of SENetV2 all read the same z, and a ReLU works on each number alone.  So we
 can stack their matrices W11..W1K and get one layer with the same output: SENetV2 with r = 32 and
-K = 4 *is* SENet with r = 8, in function, in parameters and, from the same weights, in training.
-That one layer is what we run.  LiteralBranches keeps the K layers apart, as the paper draws them;
-a test compares the two.
+K = 4 *is* SENet with r = 8, in function, in parameters and, from the same weights, in training,
+wherever r divides C, as in a ResNet.  That one layer is what we run.  LiteralBranches keeps the K
+layers apart, as the paper draws them; a test compares the two.
 
-Read down to the end of build_model, then data.py.  The two sections after it, on networks to
-compare with and on weights from elsewhere, can wait.
+Read down to the end of build_model, then data.py.  The last two sections of this file, on networks
+to compare with and on weights from elsewhere, can wait.
 
 Papers: SENetV2 (arXiv 2311.10807), SENet (arXiv 1709.01507), ResNet (arXiv 1512.03385).
 Where the sources differ: the text and the figure of SENetV2 say y = x * s, but its released Keras
@@ -69,7 +69,7 @@ class SqueezeExcitation(nn.Module):
         # torch's assert, because Python's would stop torch.fx
         torch._assert(x.dim() == 4, f"a gate maps (B, C, H, W), not {x.shape}")
         # The same as x.mean((2, 3)), which would slow a training step at 224 pixels by 8% (H200).
-        # In train.py, maps lie in memory channels last, so this permutation moves no data.
+        # In train.py, maps lie in memory channels last, so this view of them is contiguous.
         z = x.permute(0, 2, 3, 1).mean((1, 2))                  # squeeze -> (B, C)
         u = F.relu(self.reduce(z))                              # all K layers at once -> (B, K*C/r)
         s = torch.sigmoid(self.expand(u))[..., None, None]      # excite -> (B, C, 1, 1)
@@ -83,8 +83,8 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
     """The gate of SENetV2 (arXiv 2311.10807, section 3): K hidden layers, run as one wide layer.
 
     So it is SqueezeExcitation with another default, K = 4, and the same arguments and shapes.
-    Its initial weights have the same distribution, too: their range in nn.Linear depends on the
-    number of inputs alone, which is C in both cases.
+    Its initial weights have the same distribution as those of K separate layers: their range in
+    nn.Linear depends on the number of inputs alone, which is C in both cases.
     """
 
     def __init__(self, channels, reduction=32, *, cardinality=4, residual=False):
@@ -157,7 +157,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
         layer2              4, the first stride 2   (B, 512, 28, 28)        (B, 512, 4, 4)
         layer3              6, the first stride 2   (B, 1024, 14, 14)       (B, 1024, 2, 2)
         layer4              3, the first stride 2   (B, 2048, 7, 7)         (B, 2048, 1, 1)
-        avgpool             mean over H and W       (B, 2048)               (B, 2048)
+        avgpool, flatten    mean over H and W       (B, 2048)               (B, 2048)
         fc                  one dense layer         (B, num_classes)        (B, num_classes)
 
     name       resnet, senet or senetv2; or one of PEERS, which use only num_classes and options
@@ -165,7 +165,8 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     layers     bottlenecks per stage: (3, 4, 6, 3) is ResNet-50, (1, 1, 1, 1) the paper's small one.
     stem       "imagenet": 7x7 with stride 2, then max-pooling; layer1 sees 32x32 images as 8x8.
                "cifar": 3x3 with stride 1 and no pooling; they stay 32x32.
-    reduction, cardinality, residual    of the gates, as in AggregatedSqueezeExcitation.
+    reduction, cardinality, residual    of the gates, as in AggregatedSqueezeExcitation; senet has
+               one hidden layer, whatever the cardinality.
     image_size    pixels per side, which only vit must know.
     zero_init     start the last batch norm of each bottleneck at 0 (arXiv 1706.02677, section 5.1),
                   so that at first each block returns the ReLU of its shortcut.  In three epochs on
@@ -176,8 +177,7 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     Raises ValueError for an unknown name or stem, for layers that are not four positive numbers,
     and for a reduction or cardinality that leaves a gate without units.
 
-    The trunk is torchvision's ResNet and keeps its parameter names.  It draws its weights first and
-    the gates follow, so from one seed all three networks start with the same convolutions.
+    The trunk is torchvision's ResNet and keeps its parameter names.
     """
     if name not in OURS:
         return build_peer(name, num_classes, image_size, **options)
@@ -255,7 +255,8 @@ def load_weights(net, source, name):
                                            for end, last in enumerate("." + key) if last == ".")]
     place, prefix, tensors = max(choices, key=lambda choice: len(fitting(*choice[1:])),
                                  default=("", "", {}))
-    if not (taken := fitting(prefix, tensors)):
+    taken = fitting(prefix, tensors)
+    if not any(tensor.dim() for tensor in taken.values()):      # a mere counter fits any network
         raise ValueError(f"no tensor of {source} fits {name} in name and shape; give the "
                          "weights of a similar network")
     net.load_state_dict(taken, strict=False)

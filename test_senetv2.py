@@ -352,8 +352,8 @@ def same_result(out, other):
 
 
 def stop_at(step, flags, monkeypatch, saved=None):
-    """Train until Ctrl-C after step `step`.  last.pt is of `saved`, (step, evaluations), or of the
-    step before."""
+    """Train until Ctrl-C after step `step`.  last.pt is of the step before, or of `saved`, (step,
+    evaluations); (0, 0) means that there is none."""
     def save(run, *rest, inner=train.save):
         if run.step == step:
             raise KeyboardInterrupt

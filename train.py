@@ -22,7 +22,7 @@ does this itself, and returns the mean of -log p over the batch, for the right c
 applies the chain rule from the loss back to the first layer, and adds dL/dw to w.grad.
 
 The five lines are the body of `training_step` below.  (There, a scaler comes in between for float16
-alone.)  Around it, the loop does three more things, each in a section of its own: it can run in
+alone.)  Around it, the loop does three more things, in two sections of their own: it can run in
 several processes, it records its step for a GPU, and it saves checkpoints.  Read "The loop" and
 "What a step uses" first, then the settings.  `run_training` makes data, network and optimiser.
 
@@ -37,7 +37,8 @@ needed to resume.
 There is one way to stop a run: end its process, by Ctrl-C, by a kill, by a power cut.  There is one
 way to start it: give the command, which resumes from last.pt if there is one.  The steps since then
 are repeated, and on a CPU the run ends bit for bit like one that was never stopped: the batch of a
-step depends on (seed, epoch, step) alone, and so do the random numbers in the network.
+step depends on (seed, epoch, step) alone, and the random numbers in the network on (seed, process,
+step since the start).
 """
 import argparse
 import contextlib
@@ -323,7 +324,7 @@ OPTIONS = {         # what is not meant to change a result, beyond rounding
     "cuda_graph": (True, bool, "on one GPU, record forward and backward, unless --compile"),
     "compile": (False, bool, "use torch.compile; on CPUs, it brought nothing"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
-    "checkpoint_minutes": (1.0, within(float, 0), "minutes between checkpoints"),
+    "checkpoint_minutes": (1.0, within(float, 0), "minutes between checkpoints, a sixth at an epoch's end"),
 }
 
 
@@ -762,9 +763,9 @@ def build_network(settings, classes):
 def check_single_image(settings, classes):
     """Raises ValueError where one image per step and process leaves batch norm a single value."""
     with torch.device("meta"):              # shapes alone: nothing is computed
+        net, size = build_network(settings, classes).train(), input_size(settings)
         try:
-            size = input_size(settings)
-            build_network(settings, classes).train()(torch.empty(1, 3, size, size))
+            net(torch.empty(1, 3, size, size))
         except ValueError:
             raise ValueError("one image per step and process is too few for batch norm, where the "
                              "last maps have one pixel; give a larger --batch-size") from None

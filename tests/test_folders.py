@@ -107,6 +107,7 @@ def test_a_folder_takes_what_imagefolder_takes_but_nothing_hidden(folder, capsys
     (lambda root: [(root / "deep").mkdir(), (root / "train").rename(root / "deep/train")],
      r"train/CLASS/ \(.* holds 2 folders \['deep', 'val'\] and 0 files"),
     (shutil.rmtree, "No such file or directory"),
+    (lambda root: (shutil.rmtree(root), root.touch()), "Not a directory"),
 ])
 def test_a_layout_that_is_none_of_ours_is_named_with_the_way_out(change, said, folder, capsys):
     change(folder)

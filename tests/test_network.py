@@ -125,7 +125,9 @@ def test_a_run_starts_from_weights_that_fit(finished, tmp_path, capsys):
     assert given.layer1[0].bn3.weight.all() and re.search("^zero_init: ", said, re.M)
 
     torch.save({"step": 3}, tmp_path / "other.pt")
+    torch.save({"bn1.num_batches_tracked": torch.tensor(3)}, tmp_path / "counter.pt")
     for source, said in ((tmp_path / "other.pt", "no tensor of"),
+                         (tmp_path / "counter.pt", "no tensor of"),
                          (tmp_path / "x", "there is no file"),
                          (HERE / "README.md", "holds no weights")):
         assert said in complaint(capsys, *ONE_STEP, "--weights", source, "--out", tmp_path / "a")

@@ -298,5 +298,6 @@ def test_nothing_infinite_is_saved_at_a_broken_image(spoil, whole, tmp_path, mon
 def test_a_batch_of_one_is_refused_only_where_it_cannot_be_normalised(folder, tmp_path, capsys):
     flags = [*folder_flags(folder, tmp_path / "run"), "--batch-size", "1", "--train-images", "2"]
     assert "too few for batch norm" in complaint(capsys, *flags)
+    assert "reduction" in complaint(capsys, *flags, "--reduction", "9999")
     train.main([*flags, "--image-size", "64"])
     assert "top-1 " in capsys.readouterr().out
