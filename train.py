@@ -324,7 +324,7 @@ OPTIONS = {         # what is not meant to change a result, beyond rounding
     "cuda_graph": (True, bool, "on one GPU, record forward and backward, unless --compile"),
     "compile": (False, bool, "use torch.compile; on CPUs, it brought nothing"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
-    "checkpoint_minutes": (1.0, within(float, 0), "minutes between saves, a sixth at an epoch's end"),
+    "checkpoint_minutes": (1.0, within(float, 0), "minutes between saves; after an epoch, a sixth"),
 }
 
 
