@@ -464,7 +464,7 @@ def list_images(root, split, left_out):
             return classes, np.array([os.fsencode(path) for path in paths]), np.array(labels)
         problem = (f"{looked} holds {len(classes)} folders {classes[:3]} and "
                    f"{len(inside) - len(classes):,} files")
-    except (FileNotFoundError, NotADirectoryError) as error:    # or a class without images
+    except OSError as error:        # no such folder, a file, or a class without images
         problem = str(error) + f", files left out, by ending: {dict(left_out)}" * bool(left_out)
     raise FileNotFoundError(printable(
         f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "

@@ -139,8 +139,8 @@ def difference(networks, name, base):
     seeds = [seed for seed in runs if seed in others and name != base
              and (base == "resnet" or name.split()[0] != "resnet")]
     gaps = [runs[seed]["top1"][-1] - others[seed]["top1"][-1] for seed in seeds]
-    mixed = any(runs[seed]["machine"] != others[seed]["machine"] for seed in seeds)
-    across = ", across machines" * mixed
+    across = ", across machines" * any(runs[seed]["machine"] != others[seed]["machine"]
+                                       for seed in seeds)
     if len(gaps) < 2:
         return f"{gaps[0]:+.2f} (seed {seeds[0]} alone{across})" if gaps else "-"
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
