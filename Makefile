@@ -139,7 +139,7 @@ experiment6: $(READY)  ## gates over a network that starts well, or as usual, CI
 	  "senetv2 --zero-init")
 
 clean:  ## remove .venv and caches; runs and data stay
-	rm -rf .venv .pytest_cache __pycache__ tools/__pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache __pycache__ support/__pycache__ tools/__pycache__ tests/__pycache__
 
 .venv/ready: requirements.txt
 	@echo "installing requirements.txt into .venv: minutes and several GB, this once"

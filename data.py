@@ -49,6 +49,11 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.utils import make_grid, save_image
 
+from support.console import printable
+from support.images import (ImageError, digest_of, first_of_each_class, list_images, read_image,
+                            size_of)
+from support.shapes import SHAPES, draw_shapes
+
 FOLDERS = ("imagenet", "folder")
 DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
 
@@ -155,10 +160,6 @@ class Images:
         return next(iter(self.gather(epoch, [np.asarray(index)])))[0]
 
 
-def digest_of(content):
-    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
-
-
 # ----------------------------------------------------------------------------------- Sets in memory
 
 PAD = 4     # pixels of zeros on each side of a 32-pixel image before it is cropped back
@@ -206,81 +207,6 @@ class InMemory(Images):
         return rng.integers(0, [[2], [2 * PAD + 1], [2 * PAD + 1]], (3, self.train_size))
 
 
-# ------------------------------------------------------------------------------------------- Shapes
-
-
-def rectangle(u, v, width, height):
-    return np.maximum(abs(u) - width, abs(v) - height)
-
-
-def sides(u, v, count):
-    """How far (u, v) lies in the directions of the `count` sides of a regular polygon."""
-    return [u * COSINE[angle] + v * SINE[angle] for angle in range(0, 360, 360 // count)]
-
-
-def length(u, v):
-    return np.sqrt(u * u + v * v)
-
-
-# The sine and the cosine of whole degrees.  To draw the same bits on every processor, we round them
-# to 6 decimals, because libraries differ in the last bits; all else is what IEEE 754 fixes: + - * /
-# and square roots.
-SINE = np.array([round(math.sin(math.radians(angle)), 6) for angle in range(360)], np.float32)
-COSINE = np.roll(SINE, -90)
-
-# Roughly the signed distance from the points (u, v) to the outline of a figure of radius 1; it is
-# negative inside the figure.
-SHAPES = {
-    "bar": lambda u, v: rectangle(u, v, 1, 0.3),
-    "cross": lambda u, v: np.minimum(rectangle(u, v, 1, 0.3), rectangle(u, v, 0.3, 1)),
-    "disc": lambda u, v: length(u, v) - 0.9,
-    "frame": lambda u, v: abs(rectangle(u, v, 0, 0) - 0.65) - 0.15,
-    "half disc": lambda u, v: np.maximum(length(u, v) - 1, -v),
-    "ring": lambda u, v: abs(length(u, v) - 0.8) - 0.2,
-    "square": lambda u, v: rectangle(u, v, 0.75, 0.75),
-    "star": lambda u, v: np.sort(sides(u, v, 5), axis=0)[-2] - COSINE[72],  # a tip: over one side
-    "triangle": lambda u, v: np.max(sides(u, v, 3), axis=0) - 0.5,
-    "two discs": lambda u, v: length(abs(u) - 0.6, v) - 0.4,
-}
-
-
-def draw_shapes(count, seed):
-    """Draw figures, as many of each class: uint8 (count, 3, 32, 32) and labels (count,).
-
-    Place, size, rotation and both colours vary, so no single pixel says anything about the class.
-    """
-    rng = np.random.default_rng(seed)
-
-    def uniform(low, high, *shape):
-        return low + (high - low) * rng.random(shape, dtype=np.float32)
-
-    labels = rng.permutation(np.arange(count) % len(SHAPES))
-    radius = uniform(10, 14, count, 1, 1)                                    # pixels
-    middle = 16 + uniform(-1, 1, 2, count, 1, 1) * (16 - radius)
-    angle = rng.integers(0, 360, (count, 1, 1))                              # degrees
-
-    # The two colours differ by 0.3 or more in each of red, green and blue.
-    back = uniform(0, 1, count, 3, 1, 1)
-    fore = back + uniform(0.3, 0.7, count, 3, 1, 1)
-    fore -= np.floor(fore)
-
-    # Each pixel's place on the axes of the figure, where its radius is 1; all (count, H, W).
-    y, x = (np.mgrid[:32, :32].astype(np.float32) + 0.5)[:, None] - middle
-    u = (x * COSINE[angle] + y * SINE[angle]) / radius
-    v = (y * COSINE[angle] - x * SINE[angle]) / radius
-    outside = np.empty_like(u)                                              # > 0 outside the figure
-    for label, distance in enumerate(SHAPES.values()):
-        mine = labels == label
-        outside[mine] = distance(u[mine], v[mine])
-
-    # Mix the colours by the share of the pixel that the figure covers, and add a little noise.
-    images = (fore - back) * np.clip(0.5 - outside * radius, 0, 1)[:, None]
-    images += back
-    images += uniform(-0.05, 0.05, *images.shape)
-    images = np.rint(255 * images.clip(0, 1, out=images), out=images)
-    return torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels)
-
-
 # -------------------------------------------------------------------------------------------- CIFAR
 
 
@@ -304,46 +230,6 @@ def read_cifar(dataset, root):
     splits = [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(),
                torch.tensor(split.targets)) for split in (train, test)]
     return *splits, train.classes
-
-
-# ------------------------------------------------------------------------------------------ Folders
-
-
-def printable(text):
-    """A name from a disk, safe to print: control characters and broken bytes as escapes."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-# EXIF's orientation: 1 is upright, and these ways lead back to it.  (Pillow's own function rewrites
-# the other tags as well, and fails where one of them is invalid.)
-TURNS = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90), start=2))
-
-
-class ImageError(ValueError):
-    """An image that cannot be read."""
-
-
-def read_image(path):
-    """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ImageError, in one line."""
-    try:
-        with Image.open(path) as image:                 # of an animation: its first frame
-            sixteen = image.mode.startswith("I;16") or (    # these two formats hold no more
-                image.mode == "I" and image.format in ("PNG", "PPM"))
-            if (turn := TURNS.get(image.getexif().get(0x0112))) is not None:
-                image = image.transpose(turn)
-            if sixteen:                                 # convert() would clip them to 255
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits per pixel, without an agreed range; save it with 8 or 16")
-            return v2.functional.pil_to_tensor(image.convert("RGB"))
-    except FileNotFoundError:
-        raise ImageError(f"{printable(str(path))} is not found") from None
-    except Exception as error:      # a broken file can make a decoder raise whatever it likes
-        raise ImageError(f"{printable(str(path))} cannot be decoded as an image "
-                         f"({printable(str(error))})") from None
 
 
 def centre(size):
@@ -433,63 +319,6 @@ class Folder(Images):
 def ignore_ctrl_c(worker):
     """The terminal sends Ctrl-C to the workers as well; they leave when the main process does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def list_images(root, split, left_out):
-    """(classes, paths, labels) of root/split/CLASS/: what torchvision's ImageFolder would read.
-
-    Names that begin with a dot are left out in silence, other files that are no images are counted
-    in `left_out`, by their ending.  Paths are bytes, because a file name need not be valid text.
-    Raises FileNotFoundError that says what is there instead.
-    """
-    folder = os.path.join(root, split)
-
-    def is_image(path):
-        ending = os.path.splitext(path)[1].lower()
-        if os.sep + "." in path[len(folder):]:
-            return False
-        if ending not in datasets.folder.IMG_EXTENSIONS:
-            left_out[ending] += 1
-            return False
-        return True
-
-    try:
-        looked = folder if os.path.isdir(folder) else root
-        inside = sorted(os.scandir(looked), key=lambda entry: entry.name)
-        classes = [entry.name for entry in inside if entry.is_dir() and entry.name[0] != "."]
-        if looked == folder and classes:
-            samples = datasets.folder.make_dataset(
-                folder, {name: label for label, name in enumerate(classes)}, is_valid_file=is_image)
-            paths, labels = zip(*samples)
-            return classes, np.array([os.fsencode(path) for path in paths]), np.array(labels)
-        problem = (f"{looked} holds {len(classes)} folders {classes[:3]} and "
-                   f"{len(inside) - len(classes):,} files")
-    except OSError as error:        # no such folder, a file, or a class without images
-        problem = str(error) + f", files left out, by ending: {dict(left_out)}" * bool(left_out)
-    raise FileNotFoundError(printable(
-        f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "
-        "and val/, each with one folder per class; see 'Images and layouts' in docs/workshop.md"))
-
-
-def size_of(path):
-    """The size of a file in bytes.  Raises ValueError for, say, a link to nothing."""
-    try:
-        return os.path.getsize(path)
-    except OSError as error:
-        raise ValueError(f"{printable(os.fsdecode(path))} cannot be read ({error.strerror}); "
-                         "remove it") from None
-
-
-def first_of_each_class(paths, labels, count, seed):
-    """The indices of `count` images per class, those with the lowest hash of seed and file name.
-
-    The hash makes the choice the same on every machine.
-    """
-    def key(i):
-        return hashlib.md5(b"%d/" % seed + os.path.basename(paths[i])).digest()
-
-    kept = [sorted(np.flatnonzero(labels == label), key=key)[:count] for label in np.unique(labels)]
-    return np.sort(np.concatenate(kept))
 
 
 # ---------------------------------------------------------------------------------------- load_data

@@ -105,12 +105,32 @@ def save_image(image, path, kind="PNG"):
     v2.functional.to_pil_image(image).save(path, kind)
 
 
+class LiteralBranches(nn.Module):
+    """The same gate as the paper draws it: K hidden layers, a ReLU on each, a concatenation.
+
+    Only the test that compares it with the wide layer uses it, and the measurement of speed.
+    """
+
+    def __init__(self, channels, reduction=32, cardinality=4):
+        super().__init__()
+        width = channels // reduction
+        self.branches = nn.ModuleList(nn.Linear(channels, width) for _ in range(cardinality))
+        self.expand = nn.Linear(cardinality * width, channels)
+
+    def excite(self, z):                                        # (B, C) -> (B, C, 1, 1)
+        u = torch.cat([F.relu(branch(z)) for branch in self.branches], dim=1)   # (B, K*C/r)
+        return torch.sigmoid(self.expand(u))[..., None, None]
+
+    def forward(self, x):                                       # (B, C, H, W) -> (B, C, H, W)
+        return x * self.excite(x.mean((2, 3)))
+
+
 # ----------------------------------------------------------------------------------------- The gate
 
 
 @pytest.mark.parametrize("sizes", [(64, 8, 4), (60, 7, 3), (256, 32, 1)])
 def test_the_wide_matrix_trains_like_the_literal_branches(sizes):
-    literal = senetv2.LiteralBranches(*sizes).double()
+    literal = LiteralBranches(*sizes).double()
     ours = AggregatedSqueezeExcitation(*sizes[:2], cardinality=sizes[2]).double()
 
     def stacked(tensor):        # the literal branches' weights or gradients as those of one layer

@@ -56,7 +56,7 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-PARENT = os.getppid()       # torchrun, if that started us; read before importing torch: seconds
+from support import hardware  # noqa: first, see there
 
 import torch
 import torch.distributed as dist
@@ -64,11 +64,16 @@ import torch.nn.functional as F
 import torchvision
 
 from data import DATASETS, FOLDERS, ImageError, Preprocess, load_data, mix, printable
-from senetv2 import GATES, OURS, PEERS, STEMS, build_model, load_weights
+from senetv2 import GATES, OURS, PEERS, STEMS, build_model
+from support import checkpoint
+from support.checkpoint import (Run, Saver, check_finite, lock, read_checkpoint, replace_file,
+                                resume, save, usable, write_config, write_metrics)
+from support.console import RANK, Progress, in_words, percent, say
+from support.flags import four_stages, within
+from support.hardware import (LOCAL_RANK, LOCAL_WORLD, WORLD, Recorded, choose_precision,
+                              end_with_launcher, over_processes, parallel)
+from support.weights import load_weights
 
-# torchrun sets these: the number of this process and how many there are, in all and on one machine.
-RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-WORLD, LOCAL_WORLD = (int(os.environ.get(name + "_SIZE", 1)) for name in ("WORLD", "LOCAL_WORLD"))
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # ----------------------------------------------------------------------------------------- The loop
@@ -254,21 +259,6 @@ def on_host(tensor):
 # ----------------------------------------------------------------------------------------- Settings
 
 
-def within(kind, low, high=math.inf):
-    """A type for argparse: an int or a finite float from low to high."""
-    def number(text):       # argparse shows this name: "invalid number value"
-        if low <= (value := kind(text)) <= high and value < math.inf:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-    return number
-
-
-def four_stages(text):
-    """A type for argparse: "3, 4, 6, 3" becomes "3,4,6,3"."""
-    counts = [part.strip() for part in text.split(",")]
-    if len(counts) == 4 and all(c.isascii() and c.isdigit() and int(c) for c in counts):
-        return ",".join(str(int(count)) for count in counts)
-    raise argparse.ArgumentTypeError(f"{text!r} is not four positive numbers, such as 3,4,6,3")
 
 
 # The paper says Adam, cross-entropy, ResNet-50 and, in its tables, r = 32 and K = 4.  It does not
@@ -343,288 +333,6 @@ def completed(settings):
 def used(key, settings):
     """Whether the network or the data set of these settings has the setting `key`."""
     return key not in USED_BY or bool({settings["model"], settings["dataset"]} & {*USED_BY[key]})
-
-
-# ------------------------------------------------- Several processes; a GPU that replays its step
-# You need this section for several GPUs, or to know why Python may be skipped on a GPU.
-
-
-def parallel(model, compiled):
-    """The network as the loop calls it: one of several copies that share gradients, compiled."""
-    if WORLD > 1:
-        model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False     # evaluate() does; as an argument, this is deprecated
-    return torch.compile(model) if compiled else model
-
-
-def over_processes(value):
-    """The mean of a tensor over all processes."""
-    if WORLD > 1:
-        value = value / WORLD
-        dist.all_reduce(value)
-    return value
-
-
-def choose_precision(device, asked=None, saved=None):
-    """What was asked for, or the fastest that the device is made for.  But a run keeps what it
-    began with: its checkpoint, `saved`, tells.  Raises ValueError if another was asked for."""
-    on_gpu, older, usual = device.type == "cuda", "float32", "float32"
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):      # from Ampere on
-        older = usual = "bfloat16"
-    elif on_gpu and torch.cuda.get_device_capability() >= (7, 0):
-        usual = "float16"       # on Volta and Turing; older code had none, and stored no precision
-    precision = (saved["about"] or {}).get("precision", older) if saved else asked or usual
-    if asked not in (None, precision):
-        raise ValueError(f"this run began with --precision {precision}; pass another --out")
-    units = getattr(torch.cpu, "get_capabilities", lambda: dict(bf16=True))()   # not in all torches
-    if (device.type, precision) == ("cpu", "bfloat16") and not any(
-            units[name] for name in units if "bf16" in name):
-        say("this processor has no units for bfloat16: float32 would be faster")
-    return precision
-
-
-class Recorded:
-    """A training step whose forward and backward pass are recorded as a CUDA graph, and replayed.
-
-    On small images, a GPU finishes an operation before Python can issue the next one.  So the first
-    call runs as it is (in it, cuDNN tries its kernels), and the second records what Python
-    tells the GPU to do, without doing it.  From then on, a call replays the recording, all at once.
-
-    A replay works on the same memory: new inputs are copied into the recorded input tensors, and
-    what the last call returned is overwritten.  Python's numbers and branches are frozen as they
-    were in the recording, and while recording, Python may read no value from the GPU.  The step of
-    the optimiser is left out of the recording and follows each replay, because its rate is a Python
-    number.
-    """
-
-    def __init__(self, function, scaler, optimizer):
-        self.function, self.scaler, self.optimizer, self.calls = function, scaler, optimizer, 0
-
-    def __call__(self, *inputs):
-        self.calls += 1
-        if self.calls == 1:
-            return self.function(*inputs)
-        if self.calls == 2:
-            self.record(inputs)
-        for buffer, tensor in zip(self.buffers, inputs):
-            buffer.copy_(tensor)
-        self.graph.replay()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return self.result
-
-    def record(self, inputs):
-        self.buffers, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-        with explained("the training step cannot be recorded", "pass --no-cuda-graph"), \
-                mock.patch.multiple(self.scaler, step=mock.DEFAULT, update=mock.DEFAULT), \
-                torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # loader threads
-            self.result = self.function(*self.buffers)
-
-
-def end_with_launcher():
-    """On Linux, end when torchrun ends, even by SIGKILL.  A run of one process is left alone."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        import ctypes
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
-        if os.getppid() != PARENT:                      # it ended before that call
-            os._exit(1)
-
-
-# ------------------------------------------------------------------------- What the terminal shows
-# You need this section to change what is printed.
-
-
-class Progress:
-    """On a terminal, once a second, a line that overwrites itself."""
-
-    def __init__(self, run, total):
-        self.run, self.total, self.first, self.shown_at = run, total, run.step, time.monotonic()
-        self.began = self.shown_at
-
-    def show(self, loss):
-        if sys.stdout.isatty() and time.monotonic() - self.shown_at > 1:
-            self.shown_at = time.monotonic()
-            say(f"step {self.run.step}/{self.total}  loss {loss:.3f}{self.left()}", end="")
-
-    def left(self):
-        """The time left, at the mean speed so far, evaluations included."""
-        seconds = (time.monotonic() - self.began) / max(1, self.run.step - self.first)
-        return f"  {seconds * (self.total - self.run.step) / 60:.1f} min left"
-
-
-def percent(share):
-    """In %, or None if some steps were not measured: older code did not."""
-    return None if share.isnan() else 100 * share.item()
-
-
-def in_words(row):
-    return "  ".join(f"{key} {value:,.5g}" for key, value in row.items()
-                     if key != "lr" and value is not None)
-
-
-def say(text, end="\n"):
-    """Print from process 0 alone; on a terminal, over the line of progress."""
-    if RANK == 0:
-        print("\r\033[K" * sys.stdout.isatty() + printable(text), end=end, flush=True)
-
-
-# ------------------------------------------------------------------------------------- Checkpoints
-# You need this section to know what is saved, when, and why no power cut can destroy it.
-
-
-@dataclasses.dataclass
-class Run:
-    """What last.pt holds besides the network and the optimiser."""
-
-    settings: dict              # what defines the result, by name
-    classes: list               # their names
-    data_digest: str            # of the images: a run refuses to resume on others
-    about: dict                 # the machine and the versions of the last start
-    scaler: torch.amp.GradScaler    # of the loss, in float16
-    losses: torch.Tensor        # of each step of the current epoch: the mean loss,
-    accuracies: torch.Tensor    # and the share of right answers
-    step: int = 0               # steps done, in all epochs
-    history: list = dataclasses.field(default_factory=list)     # a dict per finished epoch
-
-
-class Saver:
-    """Writes last.pt if --checkpoint-minutes have passed since it was last written.  At the end of
-    an epoch, a sixth of that time is enough; at the end of the run, it is written in any case."""
-
-    def __init__(self, run, net, optimizer, args):
-        self.state, self.args, self.saved_at = (run, net, optimizer), args, time.monotonic()
-
-    def if_due(self, epoch_ended):
-        run, net, _ = self.state
-        now, wait = time.monotonic(), 60 * self.args.checkpoint_minutes
-        if epoch_ended:
-            wait /= 6
-        due = RANK == 0 and now - self.saved_at > wait
-        if due or len(run.history) == run.settings["epochs"]:
-            if not epoch_ended:             # at the end of an epoch, the loop has checked
-                check_finite(run, net)
-            save(*self.state, self.args.out)    # other processes wait for this one in the next step
-            self.saved_at = now
-
-
-def save(run, net, optimizer, folder):
-    """Write last.pt, the whole state of the run."""
-    replace_file(folder / "last.pt", dict(
-        settings=run.settings, classes=run.classes, images=run.data_digest, about=run.about,
-        step=run.step, history=run.history, losses=run.losses, accuracies=run.accuracies,
-        scaler=run.scaler.state_dict(), model=net.state_dict(), optimizer=optimizer.state_dict()))
-
-
-def replace_file(path, content):
-    """Write a dict or a text from process 0.  A crash or a full disk leaves the old file whole."""
-    draft = path.with_name(path.name + ".tmp")
-    if RANK > 0:
-        return
-    advice = ("free some disk space, or make its folder writable, then give the command again"
-              if path.parent.is_dir() else "its folder has been removed while it was in use")
-    with explained(f"cannot write {path}", advice):
-        try:
-            with open(draft, "wb") as file:
-                if isinstance(content, dict):
-                    torch.save(content, file)
-                else:
-                    file.write(content.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def write_metrics(run, folder):
-    """metrics.csv: a row per finished epoch; older rows may lack a column, and leave it empty."""
-    columns = [*dict.fromkeys(key for row in run.history[::-1] for key in row)]
-    cells = [columns, *([row.get(key) for key in columns] for row in run.history)]
-    lines = [",".join("" if cell is None else str(cell) for cell in row) for row in cells]
-    replace_file(folder / "metrics.csv", "\n".join(lines) + "\n")
-
-
-def write_config(run, folder):
-    text = json.dumps(dict(settings=run.settings, **run.about), indent=1)
-    replace_file(folder / "config.json", text + "\n")
-
-
-def check_finite(run, net):
-    """Raises ValueError if a loss or a weight is no longer finite; such weights are never saved."""
-    if not all(tensor.isfinite().all() for tensor in (run.losses, *net.state_dict().values())):
-        raise ValueError(f"before step {run.step}, a loss or a weight was no longer finite; "
-                         "last.pt, if there is one, is older; try a smaller --lr")
-
-
-def resume(run, net, optimizer, saved, folder):
-    """Go on from what save() wrote.  Raises ValueError if it is another run, or does not fit."""
-    before = saved["settings"] | dict(images=saved["images"])
-    now = run.settings | dict(images=run.data_digest)
-    changed = [f"{key}: was {before.get(key)}, is {now.get(key)}"
-               for key in before | now if before.get(key) != now.get(key)]
-    if changed:
-        raise ValueError(f"{folder} holds a run with other settings or data: {'; '.join(changed)}; "
-                         "pass another --out, or delete that folder")
-    with usable(folder / "last.pt"):
-        net.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        run.losses.copy_(saved["losses"])
-        if saved["accuracies"] is not None:         # older code did not store them
-            run.accuracies.copy_(saved["accuracies"])
-        run.step, run.history = saved["step"], saved["history"]
-        run.scaler.load_state_dict(saved["scaler"])
-
-
-def lock(folder):
-    """Keep a second process out of a run's folder until this one ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        file = open(folder / ".lock", "w")
-    except OSError:
-        if (folder / "last.pt").exists():       # a read-only folder; a finished run can be shown
-            return contextlib.nullcontext()
-        raise
-    try:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # unlike flock's, not inherited
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process is training in {folder}; wait for it, or pass another "
-                         "--out") from None
-    except (ImportError, OSError):          # Windows, or a disk without locks
-        pass
-    return file                             # closed by the with statement, which frees the lock
-
-
-@contextlib.contextmanager
-def explained(what, advice):
-    """Turn whatever is raised, by torch most often, into one line: what, why, what to do."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{what} ({type(error).__name__}: {reason}); {advice}") from None
-
-
-def usable(path):
-    return explained(f"{path} is damaged, or not a checkpoint of this code",
-                     "use the code that wrote it, or name the folder of another run")
-
-
-def read_checkpoint(path):
-    """What save() wrote, from last.pt or the folder that holds it: a dict of tensors and values.
-
-    Raises FileNotFoundError, or ValueError for a file that save() did not write.
-    """
-    path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; train first, or give a run's folder")
-    with usable(path):
-        saved = torch.load(path, map_location="cpu", weights_only=True)     # no file can run code
-        saved["settings"] = completed(saved["settings"])
-        later = dict(about=None, accuracies=None, scaler={})    # older code did not store these
-        return later | {key: saved[key] for key in (
-            "settings", "classes", "images", "step", "history", "losses", "model", "optimizer",
-            *(later.keys() & saved))}
 
 
 def load(path):

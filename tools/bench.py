@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import data
 import train
-from senetv2 import OURS, AggregatedSqueezeExcitation, LiteralBranches, build_model
+from senetv2 import OURS, AggregatedSqueezeExcitation, build_model
+from test_senetv2 import LiteralBranches
 
 
 def training_step(net, batch_size, image_size, device, precision):
