@@ -80,6 +80,7 @@ help:  ## this list
 
 train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|folder MODEL=... ...
 	$(TRAIN)$(FLAGS)
+	@echo "next: make evaluate, or make predict IMAGE=file, with the same variables"
 
 evaluate: $(READY)  ## accuracy, and a page to look at: CHECKPOINT=... or the variables of train
 	$(PYTHON) -m tools.evaluate$(call flags,CHECKPOINT)$(FLAGS)
@@ -89,7 +90,7 @@ predict: $(READY)  ## the five most likely classes: IMAGE=cat.jpg CHECKPOINT=run
 	$(PYTHON) -m tools.predict$(call flags,IMAGE CHECKPOINT)$(FLAGS)
 
 look: $(READY)  ## draw images before and after augmentation: DATASET= DATA_DIR= OUT=file.png
-	$(PYTHON) data.py$(call flags,$(USES_look))
+	$(PYTHON) -m tools.look$(call flags,$(USES_look))
 
 table: $(READY)  ## parameters and multiply-adds beside the paper's: STEM= IMAGE_SIZE=
 	$(PYTHON) -m tools.table$(call flags,STEM IMAGE_SIZE)$(ARGUMENTS)
@@ -106,7 +107,7 @@ faults: $(READY)  ## disturb 100 runs at random moments, see that none is lost: 
 pictures: $(READY)  ## redraw the README's pictures of shapes and gates
 	$(TRAIN)
 	$(PYTHON) -m tools.evaluate
-	$(PYTHON) data.py --out assets/shapes.png
+	$(PYTHON) -m tools.look --out assets/shapes.png
 	cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png
 
 report: $(READY)  ## tables of all runs in runs/ and results/

@@ -7,7 +7,7 @@
 
 Shapes and CIFAR are small.  They are held whole, as uint8, on the device that trains, and whole
 batches are gathered, cropped, flipped and normalised there.  The images of a folder are decoded by
-worker processes, turned as their EXIF orientation says, and made RGB.
+worker processes.
 
 One promise makes an interrupted run equal to one that was not, and gives several processes the
 images of one: the batch of a step is a pure function of (seed, epoch, step).  So all randomness is
@@ -25,33 +25,24 @@ zeros per side, cropped back and flipped (arXiv 1512.03385, section 4.2).  Image
 cropped at random to 8-100% of their area, resized and flipped.
 An incomplete last batch is not trained on, so that all steps average over equally many images.
 
-Read to the end of "Sets in memory", then load_data, then train.py.  The sections on the shapes,
-CIFAR and folders are for those who want to know how their images are read.
-
-    python data.py                                          draw a contact sheet of shapes
-    python data.py --dataset cifar10 --data-dir data        the same of CIFAR-10
+    python -m tools.look                                        draw a contact sheet of shapes
+    python -m tools.look --dataset cifar10 --data-dir data      the same of CIFAR-10
 """
-import argparse
 import hashlib
-import math
 import os
 import signal
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image       # torchvision brings it
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
 
-from support.console import printable
-from support.images import (ImageError, digest_of, first_of_each_class, list_images, read_image,
-                            size_of)
+from support.console import UserError, explained, printable, say
+from support.images import ImageError, first_of_each_class, list_images, read_image, size_of
 from support.shapes import SHAPES, draw_shapes
 
 FOLDERS = ("imagenet", "folder")
@@ -98,7 +89,7 @@ def mix(*numbers):
 def subset(size, count, seed):
     """The indices of the first `count` images of a seeded shuffle, sorted; all of them for 0."""
     if count > size:
-        raise ValueError(f"--train-images is {count}, but there are {size} training images")
+        raise UserError(f"--train-images is {count}, but there are {size} training images")
     return np.sort(np.random.default_rng([seed]).permutation(size)[:count or size])
 
 
@@ -110,8 +101,8 @@ class Images:
 
     classes       the names of the classes.
     labels        int64 (N,), of all images; the first train_size of them are for training.
-    content       bytes and arrays that identify what was loaded; .digest is made of them, because
-                  a run must not go on with other images.
+    content       bytes and arrays that identify what was loaded; .identity is made of them,
+                  because a run must not go on with other images.
     batch_size    images per training step in all processes together.
     rank, world   this process and the number of processes; each takes its share of every batch.
 
@@ -127,8 +118,8 @@ class Images:
                  device, batch_size, seed, augment, rank, world):
         self.classes, self.labels, self.train_size = classes, labels, train_size
         self.test_size, self.steps = len(labels) - train_size, train_size // batch_size
-        self.digest = (f"{train_size:,} + {self.test_size:,} images of {len(classes)} classes, "
-                       f"digest {digest_of([*map(os.fsencode, classes), *content])}")
+        self.identity = dict(train=train_size, test=self.test_size, classes=len(classes),
+                             digest=digest_of([*map(os.fsencode, classes), *content]))
         self.device, self.batch_size, self.seed = torch.device(device), batch_size, seed
         self.augment, self.rank, self.world = augment, rank, world
         self.normalise = Normalise(dataset, device)
@@ -160,6 +151,10 @@ class Images:
         return next(iter(self.gather(epoch, [np.asarray(index)])))[0]
 
 
+def digest_of(content):
+    return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+
+
 # ----------------------------------------------------------------------------------- Sets in memory
 
 PAD = 4     # pixels of zeros on each side of a 32-pixel image before it is cropped back
@@ -172,31 +167,27 @@ class InMemory(Images):
     """
 
     def __init__(self, dataset, train, test, classes, device="cpu", **options):
-        # On other devices, indexing the view below may copy it whole, 30 GB for CIFAR.
-        self.home = torch.device(device if torch.device(device).type in ("cpu", "cuda") else "cpu")
-        labels = torch.cat([train[1], test[1]]).to(self.home)
+        labels = torch.cat([train[1], test[1]]).to(device)
         content = [tensor.numpy() for tensor in (*train, *test)]
         super().__init__(dataset, classes, labels, len(train[1]), content, device=device, **options)
 
-        # In plain words: of image n of a batch we take padded[n], mirrored if flip[n], and cut out
-        # 32 rows from top[n] on and 32 columns from left[n] on.  What follows does this for a whole
-        # batch at once; you may take it on trust.
-        #
-        # There are 9 x 9 windows of 32x32 in 40x40 pixels, and unfold makes a view that holds them
-        # all without copying: of the row 0 1 2 3 0 it makes the rows 0 1 2, 1 2 3 and 2 3 0.  To
-        # index this view, (2, N, 3, 9, 9, H, W), is to crop; the 2 are image and mirror image.
-        padded = F.pad(torch.cat([train[0], test[0]]).to(self.home), (PAD,) * 4)
-        both = torch.stack([padded, padded.flip(3)])
-        self.windows = both.unfold(3, train[0].shape[2], 1).unfold(4, train[0].shape[3], 1)
+        padded = F.pad(torch.cat([train[0], test[0]]), (PAD,) * 4)              # (N, 3, 40, 40)
+        self.padded = padded.permute(0, 2, 3, 1).contiguous().to(device)        # channels last
 
     def gather(self, epoch, batches):
-        draws = torch.from_numpy(self._draws(epoch)).to(self.home)
-        numbers = torch.from_numpy(np.concatenate([[], *batches]).astype(int)).to(self.home)
+        draws = torch.from_numpy(self._draws(epoch)).to(self.device)
+        numbers = torch.from_numpy(np.concatenate([[], *batches]).astype(int)).to(self.device)
+        size = self.padded.shape[1] - 2 * PAD
+        place = torch.arange(size, device=self.device)
         for index in numbers.split([len(batch) for batch in batches]):
-            flip, top, left = draws[:, index]                               # each (B,)
-            # torch puts B first here, because a slice stands between the indices
-            yield (self.windows[flip, index, :, top, left].to(self.device),
-                   self.labels[index].to(self.device))
+            flip, top, left = draws[:, index, None]                             # each (B, 1)
+
+            # Image n of the batch: `size` rows from top[n] on, and columns from left[n] on; to
+            # mirror it, the columns are counted from the other side.
+            rows, columns = top + place, left + place                           # each (B, size)
+            columns = torch.where(flip == 1, size + 2 * PAD - 1 - columns, columns)
+            images = self.padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+            yield images.permute(0, 3, 1, 2), self.labels[index]                # (B, 3, H, W)
 
     def _draws(self, epoch):
         """Flip, top and left edge of the crop of each image (in training: of each training image),
@@ -213,19 +204,16 @@ class InMemory(Images):
 def read_cifar(dataset, root):
     """CIFAR-10 or -100 from its original files: ((images, labels), (images, labels), classes).
 
-    Raises FileNotFoundError where the files are missing or damaged and cannot be downloaded.
+    Raises UserError where the files are missing or damaged and cannot be downloaded.
     """
     source = getattr(datasets, dataset.upper())
     if not Path(root, source.base_folder).exists():
-        print(f"downloading {dataset}, 170 MB, to {printable(str(root))}", flush=True)
-    try:
+        say(f"downloading {dataset}, 170 MB, to {root}")
+    place = Path(root, source.base_folder)
+    with explained(f"{dataset} is missing or damaged in {place} and cannot be downloaded",
+                   "put its original files there, or pass --dataset shapes, which needs none"):
         train = source(root, train=True, download=True)     # only what is not there yet
         test = source(root, train=False)
-    except (RuntimeError, OSError) as error:                # no network is an OSError
-        raise FileNotFoundError(
-            f"{dataset} is missing or damaged in {Path(root, source.base_folder)} and cannot be "
-            f"downloaded ({error}); put its original files there, or pass --dataset shapes "
-            "(make: DATASET=shapes), which needs none") from None
 
     splits = [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(),
                torch.tensor(split.targets)) for split in (train, test)]
@@ -267,9 +255,13 @@ class ImageFiles(Dataset):
         images = torch.empty(len(index), 3, self.size, self.size, dtype=torch.uint8)
         crop = self.plain if epoch is None else self.augmented
         for image, i in zip(images, index):
+            try:
+                whole = read_image(os.fsdecode(self.paths[i]))
+            except ImageError as error:         # gather raises it, in the main process
+                return error
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(mix(self.seed, epoch or 0, i))
-                image.copy_(crop(read_image(os.fsdecode(self.paths[i]))))
+                image.copy_(crop(whole))
         return images, torch.from_numpy(self.labels[index])
 
 
@@ -281,7 +273,7 @@ class Folder(Images):
         classes, paths, labels = list_images(root, "train", left_out)
         test_classes, test_paths, test_labels = list_images(root, "val", left_out)
         if different := sorted(set(classes) ^ set(test_classes)):
-            raise ValueError(f"train/ and val/ under {root} hold different classes; only in one of "
+            raise UserError(f"train/ and val/ under {root} hold different classes; only in one of "
                              f"them: {printable(', '.join(different[:5]))}")
 
         # Names and sizes identify a folder, wherever it lies.
@@ -311,7 +303,10 @@ class Folder(Images):
 
     def gather(self, epoch, batches):
         self.keys[:] = [(epoch, batch) for batch in batches]
-        for images, labels in self.loader:          # uint8 travels: a quarter of float32
+        for batch in self.loader:
+            if isinstance(batch, ImageError):
+                raise batch
+            images, labels = batch                  # uint8 travels: a quarter of float32
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
 
@@ -337,10 +332,10 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
     image_size          in folders: pixels per side.
     workers             in folders: processes that decode.
 
-    Raises ValueError or FileNotFoundError, in one line that says what to do.
+    Raises UserError, in one line that says what to do.
     """
     if dataset not in DATASETS:
-        raise ValueError(f"unknown data set {dataset!r}; give one of {', '.join(DATASETS)}")
+        raise UserError(f"unknown data set {dataset!r}; give one of {', '.join(DATASETS)}")
     common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank,
                   world=world)
     if dataset in FOLDERS:
@@ -352,47 +347,3 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
         train, test, classes = read_cifar(dataset, root)
     index = subset(len(train[1]), train_images, seed)
     return InMemory(dataset, (train[0][index], train[1][index]), test, classes, **common)
-
-
-# ------------------------------------------------------------------------------------ Contact sheet
-
-
-def contact_sheet(data, columns=5, rows=100):
-    """uint8 (3, H, W): one row per class, each image before and after augmentation."""
-    labels = data.labels[:data.train_size].cpu().numpy()
-    index = np.concatenate([np.resize(np.flatnonzero(labels == label), columns)
-                            for label in range(len(data.classes))[:rows]])
-    pictures = torch.stack([data.view(index), data.view(index, epoch=0)], 1).flatten(0, 1).cpu()
-    if pictures.shape[-1] < 64:                     # small images are shown at twice their size
-        pictures = F.interpolate(pictures, scale_factor=2, mode="nearest")
-    return make_grid(pictures, nrow=2 * columns, padding=4, pad_value=255)
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description="Draw a contact sheet: each image before and after augmentation.",
-        usage=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--dataset", choices=DATASETS, default="shapes", help="what to draw")
-    parser.add_argument("--data-dir", default="data", help="where its files are")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels per side, for folders")
-    parser.add_argument("--out", help="the PNG to write; by default runs/DATASET.png")
-    args = parser.parse_args()
-
-    out = Path(args.out or f"runs/{args.dataset}.png")
-    try:
-        data = load_data(args.dataset, args.data_dir, batch_size=1, image_size=args.image_size)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_image(contact_sheet(data) / 255, out)
-    except (ValueError, OSError, RuntimeError) as error:    # RuntimeError: an impossible image size
-        sys.exit(f"data.py: error: {printable(str(error).splitlines()[0])}")
-
-    for row, name in enumerate(data.classes[:100], start=1):
-        print(f"row {row:3d}  {printable(name)}")
-    if data.left_out:
-        print(f"files left out, by ending: {data.left_out}")
-    print(f"{out}: five images per row, each followed by its augmented version")
-
-
-if __name__ == "__main__":
-    main()

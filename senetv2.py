@@ -15,11 +15,8 @@ For a feature map x of shape (B, C, H, W), with reduction r and cardinality K:
 The K hidden layers of SENetV2 all read the same z, and a ReLU works on each number alone.  So we
 can stack their matrices W11..W1K and get one layer with the same output: SENetV2 with r = 32 and
 K = 4 *is* SENet with r = 8, in function, in parameters and, from the same weights, in training,
-wherever r divides C, as in a ResNet.  That one layer is what we run.  LiteralBranches keeps the K
-layers apart, as the paper draws them; a test compares the two.
-
-Read down to the end of build_model, then data.py.  The last two sections of this file, on networks
-to compare with and on weights from elsewhere, can wait.
+wherever r divides C, as in a ResNet.  That one layer is what we run.  A test in test_senetv2.py
+keeps the K layers apart, as the paper draws them, and compares the two.
 
 Papers: SENetV2 (arXiv 2311.10807), SENet (arXiv 1709.01507), ResNet (arXiv 1512.03385).
 Where the sources differ: the text and the figure of SENetV2 say y = x * s, but its released Keras
@@ -28,9 +25,6 @@ dense layers have biases and C/r is rounded down.
 
     python -m tools.table                 parameters and multiply-adds beside the paper's
 """
-import argparse
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -184,19 +178,24 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
     return model
 
 
-# ------------------------------------- Networks to compare with (a first reading may skip the rest)
+# ------------------------------------------------------------------------ Networks to compare with
+
+
+def patch_size(image_size):
+    """Pixels per side of the patches into which vit cuts its images."""
+    return 4 if image_size <= 64 else 16
 
 
 def build_peer(name, num_classes, image_size, **options):
     """One of PEERS: a classification network of torchvision, by its name there, or "vit".
 
     vit is torchvision's VisionTransformer in the size of ViT-S: 21 M parameters, nearly as many as
-    ResNet-50.  Its patches have 4x4 pixels in images of up to 64x64, and 16x16 in larger ones.
+    ResNet-50.
 
     Raises ValueError for an unknown name, and for an image size that the patches do not divide.
     """
     if name == "vit":
-        patch = 4 if image_size <= 64 else 16
+        patch = patch_size(image_size)
         if image_size % patch:
             raise ValueError(f"vit cuts images into patches of {patch}x{patch} pixels, and "
                              f"{image_size} is not a multiple of {patch}; give another image size")

@@ -1,4 +1,4 @@
-"""A run's folder: last.pt, config.json, metrics.csv and the lock."""
+"""A run's folder: the state of training in last.pt, config.json, metrics.csv, and the lock."""
 import contextlib
 import dataclasses
 import json
@@ -8,56 +8,93 @@ from pathlib import Path
 
 import torch
 
-from support.console import RANK
+from support.console import UserError, explained, rank
+
+FORMAT = 1      # of last.pt; a change that this code cannot read back gets another number
 
 
 @dataclasses.dataclass
-class Run:
-    """What last.pt holds besides the network and the optimiser."""
+class State:
+    """All that training changes, and what it must agree with to go on."""
 
+    folder: Path                # of the run
     settings: dict              # what defines the result, by name
     classes: list               # their names
-    data_digest: str            # of the images: a run refuses to resume on others
-    about: dict                 # the machine and the versions of the last start
+    images: dict                # what identifies them: a run refuses to resume on others
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of the loss, in float16
-    losses: torch.Tensor        # of each step of the current epoch: the mean loss,
-    accuracies: torch.Tensor    # and the share of right answers
+    measures: torch.Tensor      # (2, steps of an epoch): mean loss and share of right answers
     step: int = 0               # steps done, in all epochs
     history: list = dataclasses.field(default_factory=list)     # a dict per finished epoch
+    machine: dict = dataclasses.field(default_factory=dict)     # of the last start; versions, too
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def finished(self):
+        return len(self.history) == self.settings["epochs"]
+
+    def state_dict(self):
+        """Tensors and plain values, which torch.load reads without running code."""
+        return dict(
+            format=FORMAT, settings=self.settings, classes=self.classes, images=self.images,
+            model=self.network.state_dict(), optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(), measures=self.measures, step=self.step,
+            history=self.history, machine=self.machine)
+
+    def load_state_dict(self, saved):
+        self.network.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.measures.copy_(saved["measures"])
+        self.step, self.history, self.machine = saved["step"], saved["history"], saved["machine"]
+
+    def resume(self, saved):
+        """Go on from what save() wrote.  Raises UserError if it is another run, or does not fit."""
+        before, now = ({**settings, "images": "{train:,} + {test:,} images of {classes} classes, "
+                        "digest {digest}".format(**images)} for settings, images in (
+                            (saved["settings"], saved["images"]), (self.settings, self.images)))
+        changed = [f"{key}: was {before.get(key)}, is {now.get(key)}"
+                   for key in before | now if before.get(key) != now.get(key)]
+        if changed:
+            raise UserError(f"{self.folder} holds a run with other settings or data: "
+                            f"{'; '.join(changed)}; pass another --out, or delete that folder")
+        with usable(self.folder / "last.pt"):
+            self.load_state_dict(saved)
 
 
-class Saver:
-    """Writes last.pt if --checkpoint-minutes have passed since it was last written.  At the end of
-    an epoch, a sixth of that time is enough; at the end of the run, it is written in any case."""
-
-    def __init__(self, run, net, optimizer, args):
-        self.state, self.args, self.saved_at = (run, net, optimizer), args, time.monotonic()
-
-    def if_due(self, epoch_ended):
-        run, net, _ = self.state
-        now, wait = time.monotonic(), 60 * self.args.checkpoint_minutes
-        if epoch_ended:
-            wait /= 6
-        due = RANK == 0 and now - self.saved_at > wait
-        if due or len(run.history) == run.settings["epochs"]:
-            if not epoch_ended:             # at the end of an epoch, the loop has checked
-                check_finite(run, net)
-            save(*self.state, self.args.out)    # other processes wait for this one in the next step
-            self.saved_at = now
+# -------------------------------------------------------------------------------------- Write, read
 
 
-def save(run, net, optimizer, folder):
+def save_if_due(state, minutes):
+    """Write last.pt if so many minutes have passed since it was last written, or the run has ended.
+
+    Process 0 alone writes; the others wait for it in the next step.
+    """
+    late = rank() == 0 and time.monotonic() - state.saved_at > 60 * minutes
+    if late or state.finished:
+        check_finite(state)
+        save(state)
+
+
+def save(state):
     """Write last.pt, the whole state of the run."""
-    replace_file(folder / "last.pt", dict(
-        settings=run.settings, classes=run.classes, images=run.data_digest, about=run.about,
-        step=run.step, history=run.history, losses=run.losses, accuracies=run.accuracies,
-        scaler=run.scaler.state_dict(), model=net.state_dict(), optimizer=optimizer.state_dict()))
+    replace_file(state.folder / "last.pt", state.state_dict())
+    state.saved_at = time.monotonic()
+
+
+def check_finite(state):
+    """Raises UserError if a loss or a weight is no longer finite; such weights are never saved."""
+    tensors = state.measures, *state.network.state_dict().values()
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise UserError(f"before step {state.step}, a loss or a weight was no longer finite; "
+                        "last.pt, if there is one, is older; try a smaller --lr")
 
 
 def replace_file(path, content):
     """Write a dict or a text from process 0.  A crash or a full disk leaves the old file whole."""
     draft = path.with_name(path.name + ".tmp")
-    if RANK > 0:
+    if rank() > 0:
         return
     advice = ("free some disk space, or make its folder writable, then give the command again"
               if path.parent.is_dir() else "its folder has been removed while it was in use")
@@ -75,73 +112,17 @@ def replace_file(path, content):
             draft.unlink(missing_ok=True)
 
 
-def write_metrics(run, folder):
-    """metrics.csv: a row per finished epoch; older rows may lack a column, and leave it empty."""
-    columns = [*dict.fromkeys(key for row in run.history[::-1] for key in row)]
-    cells = [columns, *([row.get(key) for key in columns] for row in run.history)]
+def write_metrics(state):
+    """metrics.csv: one row per finished epoch."""
+    columns = list(state.history[0]) if state.history else []
+    cells = [columns, *([row[key] for key in columns] for row in state.history)]
     lines = [",".join("" if cell is None else str(cell) for cell in row) for row in cells]
-    replace_file(folder / "metrics.csv", "\n".join(lines) + "\n")
+    replace_file(state.folder / "metrics.csv", "\n".join(lines) + "\n")
 
 
-def write_config(run, folder):
-    text = json.dumps(dict(settings=run.settings, **run.about), indent=1)
-    replace_file(folder / "config.json", text + "\n")
-
-
-def check_finite(run, net):
-    """Raises ValueError if a loss or a weight is no longer finite; such weights are never saved."""
-    if not all(tensor.isfinite().all() for tensor in (run.losses, *net.state_dict().values())):
-        raise ValueError(f"before step {run.step}, a loss or a weight was no longer finite; "
-                         "last.pt, if there is one, is older; try a smaller --lr")
-
-
-def resume(run, net, optimizer, saved, folder):
-    """Go on from what save() wrote.  Raises ValueError if it is another run, or does not fit."""
-    before = saved["settings"] | dict(images=saved["images"])
-    now = run.settings | dict(images=run.data_digest)
-    changed = [f"{key}: was {before.get(key)}, is {now.get(key)}"
-               for key in before | now if before.get(key) != now.get(key)]
-    if changed:
-        raise ValueError(f"{folder} holds a run with other settings or data: {'; '.join(changed)}; "
-                         "pass another --out, or delete that folder")
-    with usable(folder / "last.pt"):
-        net.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        run.losses.copy_(saved["losses"])
-        if saved["accuracies"] is not None:         # older code did not store them
-            run.accuracies.copy_(saved["accuracies"])
-        run.step, run.history = saved["step"], saved["history"]
-        run.scaler.load_state_dict(saved["scaler"])
-
-
-def lock(folder):
-    """Keep a second process out of a run's folder until this one ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        file = open(folder / ".lock", "w")
-    except OSError:
-        if (folder / "last.pt").exists():       # a read-only folder; a finished run can be shown
-            return contextlib.nullcontext()
-        raise
-    try:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # unlike flock's, not inherited
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process is training in {folder}; wait for it, or pass another "
-                         "--out") from None
-    except (ImportError, OSError):          # Windows, or a disk without locks
-        pass
-    return file                             # closed by the with statement, which frees the lock
-
-
-@contextlib.contextmanager
-def explained(what, advice):
-    """Turn whatever is raised, by torch most often, into one line: what, why, what to do."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{what} ({type(error).__name__}: {reason}); {advice}") from None
+def write_config(state):
+    text = json.dumps(dict(settings=state.settings, **state.machine), indent=1)
+    replace_file(state.folder / "config.json", text + "\n")
 
 
 def usable(path):
@@ -152,14 +133,38 @@ def usable(path):
 def read_checkpoint(path):
     """What save() wrote, from last.pt or the folder that holds it: a dict of tensors and values.
 
-    Raises FileNotFoundError, or ValueError for a file that save() did not write.
+    Raises UserError where there is no such file, or save() did not write it.
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}; train first, or give a run's folder")
+        raise UserError(f"no checkpoint {path}; train first, or give a run's folder")
     with usable(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)     # no file can run code
-        later = dict(about=None, accuracies=None, scaler={})    # older code did not store these
-        return later | {key: saved[key] for key in (
-            "settings", "classes", "images", "step", "history", "losses", "model", "optimizer",
-            *(later.keys() & saved))}
+        written, _ = saved.get("format"), dict(**saved["settings"])         # or it is not ours
+    if written != FORMAT:
+        raise UserError(f"{path} has format {written}, and this code reads {FORMAT}: use the code "
+                        "that wrote it, or name the folder of another run")
+    return saved
+
+
+def lock(folder):
+    """Keep a second process out of a run's folder until this one ends, however it ends."""
+    if rank() > 0:
+        return contextlib.nullcontext()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        if (folder / "last.pt").exists():       # a read-only folder; a finished run can be shown
+            return contextlib.nullcontext()
+        raise UserError(f"{folder} cannot be a run's folder ({error.strerror}); pass another --out"
+                        ) from None
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # unlike flock's, not inherited
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"another process is training in {folder}; wait for it, or pass another "
+                        "--out") from None
+    except (ImportError, OSError):          # Windows, or a disk without locks
+        pass
+    return file                             # closed by the with statement, which frees the lock

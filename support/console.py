@@ -1,10 +1,22 @@
-"""What the terminal shows."""
+"""What the terminal shows: lines, progress, and errors in one line."""
+import contextlib
 import os
 import sys
 import time
+import traceback
 
-# torchrun sets this: the number of this process.
-RANK = int(os.environ.get("RANK", 0))
+import torch
+import torch.distributed as dist
+
+
+def rank():
+    """The number of this process among those of a run; torchrun sets it."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def world():
+    """The number of processes of a run; torchrun sets it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def printable(text):
@@ -12,27 +24,47 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def say(text, end="\n"):
+    """Print from process 0 alone; on a terminal, over the line of progress."""
+    if rank() == 0:
+        start = "\r\033[K" if sys.stdout.isatty() else ""
+        print(start + printable(text), end=end, flush=True)
+
+
+# ----------------------------------------------------------------------------------------- Progress
+
+
 class Progress:
-    """On a terminal, once a second, a line that overwrites itself."""
+    """The clock of a run of `total` steps that goes on from step `first`, and what it prints."""
 
-    def __init__(self, run, total):
-        self.run, self.total, self.first, self.shown_at = run, total, run.step, time.monotonic()
-        self.began = self.shown_at
+    def __init__(self, first, total):
+        self.first, self.total = first, total
+        self.began = self.shown_at = time.monotonic()
 
-    def show(self, loss):
+    def watch(self, batches, batch_size):
+        """Pass on the batches of an epoch, each of `batch_size` images in all processes."""
+        self.images, self.epoch_began = 0, time.monotonic()
+        for batch in batches:
+            yield batch
+            self.images += batch_size
+
+    def images_per_second(self):
+        """In training in this epoch, or None where nothing was left to train."""
+        return self.images / (time.monotonic() - self.epoch_began) if self.images else None
+
+    def show(self, step, loss):
+        """On a terminal, once a second, a line that overwrites itself."""
         if sys.stdout.isatty() and time.monotonic() - self.shown_at > 1:
             self.shown_at = time.monotonic()
-            say(f"step {self.run.step}/{self.total}  loss {loss:.3f}{self.left()}", end="")
+            say(f"step {step}/{self.total}  loss {loss:.3f}{self.left(step)}", end="")
 
-    def left(self):
+    def show_epoch(self, step, row):
+        say(in_words(row) + self.left(step))
+
+    def left(self, step):
         """The time left, at the mean speed so far, evaluations included."""
-        seconds = (time.monotonic() - self.began) / max(1, self.run.step - self.first)
-        return f"  {seconds * (self.total - self.run.step) / 60:.1f} min left"
-
-
-def percent(share):
-    """In %, or None if some steps were not measured: older code did not."""
-    return None if share.isnan() else 100 * share.item()
+        seconds = (time.monotonic() - self.began) / max(1, step - self.first)
+        return f"  {seconds * (self.total - step) / 60:.1f} min left"
 
 
 def in_words(row):
@@ -40,7 +72,44 @@ def in_words(row):
                      if key != "lr" and value is not None)
 
 
-def say(text, end="\n"):
-    """Print from process 0 alone; on a terminal, over the line of progress."""
-    if RANK == 0:
-        print("\r\033[K" * sys.stdout.isatty() + printable(text), end=end, flush=True)
+# ------------------------------------------------------------------------------------------- Errors
+
+
+class UserError(ValueError):
+    """What a user typed, or a file that he brought, cannot be used; it ends a program in one line.
+
+    All other errors are mistakes in code, and keep their traceback.
+    """
+
+
+@contextlib.contextmanager
+def explained(what, advice):
+    """Turn whatever is raised, by torch most often, into one line: what, why, what to do."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{what} ({type(error).__name__}: {reason}); {advice}") from None
+
+
+@contextlib.contextmanager
+def errors_in_one_line(program, stopped=lambda: "stopped"):
+    """End the program by one line at a UserError, at Ctrl-C (`stopped` says it), and where memory
+    is short; at all else, by a traceback."""
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        code, message = 130, stopped()
+    except (UserError, torch.OutOfMemoryError) as error:
+        code, message = 1, f"error: {str(error).strip().splitlines()[0]}"
+    except Exception as error:
+        if world() == 1:
+            raise
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        code, message = 1, "error: another process of this run has failed"
+        if not lost:
+            traceback.print_exc()
+            message = "error: the traceback above"
+    print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
+    (os._exit if world() > 1 else sys.exit)(code)       # never wait for the other processes

@@ -3,57 +3,146 @@ import os
 
 PARENT = os.getppid()       # torchrun, if that started us; read before importing torch: seconds
 
+import platform
 import signal
 import sys
-from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torchvision
 
-from support.console import RANK, say
-from support.checkpoint import explained
+from support.console import UserError, rank, say, world
 
-# torchrun sets these: the number of this process on its machine, and how many there are.
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD, LOCAL_WORLD = (int(os.environ.get(name + "_SIZE", 1)) for name in ("WORLD", "LOCAL_WORLD"))
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+ACCELERATOR = torch.accelerator.current_accelerator(check_available=True)     # None: there is none
+DEVICES = ("cpu", ACCELERATOR.type) if ACCELERATOR else ("cpu",)
+
+# ---------------------------------------------------------------------------------------- Processes
+
+
+def local_rank():
+    """The number of this process among those of its machine; torchrun sets it."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def local_world():
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+
+
+def start_processes(kind):
+    """Prepare a kind of device, and meet the other processes.  Returns the device."""
+    end_with_launcher()
+    if kind == "cuda":
+        if local_world() > torch.cuda.device_count():
+            raise UserError("more processes than GPUs; start fewer, or pass --device cpu")
+        torch.cuda.set_device(local_rank())             # what "cuda" means from here on
+        torch.backends.cudnn.benchmark = True           # shapes hardly change: try kernels once
+        torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
+    if world() > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    return torch.device(kind)
+
+
+def stop_processes():
+    if world() > 1:
+        dist.destroy_process_group()
+
+
+def end_with_launcher():
+    """On Linux, end when torchrun ends, even by SIGKILL.  A run of one process is left alone."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        import ctypes
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
+        if os.getppid() != PARENT:                      # it ended before that call
+            os._exit(1)
+
+
+def in_turns(function):
+    """What function() returns: called in process 0, then in one of each other machine, then in the
+    rest, so that one of them can download what the others find."""
+    my_turn = 0 if rank() == 0 else 1 if local_rank() == 0 else 2
+    for turn in range(3 if world() > 1 else 1):
+        if turn == my_turn:
+            result = function()
+        if world() > 1:
+            dist.barrier()
+    return result
+
+
+def from_first_process(function):
+    """What function() returns in process 0, in all of them; the machines need not share a disk."""
+    result = [function() if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(result)
+    return result[0]
 
 
 def parallel(model, compiled):
     """The network as the loop calls it: one of several copies that share gradients, compiled."""
-    if WORLD > 1:
+    if world() > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        model.broadcast_buffers = False     # evaluate() does; as an argument, this is deprecated
+        model.broadcast_buffers = False     # share_buffers() does; as an argument, deprecated
     return torch.compile(model) if compiled else model
 
 
-def over_processes(value):
-    """The mean of a tensor over all processes."""
-    if WORLD > 1:
-        value = value / WORLD
-        dist.all_reduce(value)
-    return value
+def share_buffers(network):
+    """Give all processes the running means of process 0."""
+    if world() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
 
 
-def choose_precision(device, asked=None, saved=None):
-    """What was asked for, or the fastest that the device is made for.  But a run keeps what it
-    began with: its checkpoint, `saved`, tells.  Raises ValueError if another was asked for."""
-    on_gpu, older, usual = device.type == "cuda", "float32", "float32"
-    if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):      # from Ampere on
-        older = usual = "bfloat16"
-    elif on_gpu and torch.cuda.get_device_capability() >= (7, 0):
-        usual = "float16"       # on Volta and Turing; older code had none, and stored no precision
-    precision = (saved["about"] or {}).get("precision", older) if saved else asked or usual
-    if asked not in (None, precision):
-        raise ValueError(f"this run began with --precision {precision}; pass another --out")
+def sum_over_processes(tensor):
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def mean_over_processes(tensor):
+    return sum_over_processes(tensor / world()) if world() > 1 else tensor
+
+
+# ---------------------------------------------------------------------- Number formats and machines
+
+
+def choose_precision(device):
+    """The number format of training that the device is made for."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"                                                   # from Ampere on
+    volta_or_turing = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0)
+    return "float16" if volta_or_turing else "float32"
+
+
+def number_format(device, precision):
+    """(autocast, scaler): in the first, products are of that precision; the second is for float16
+    alone, which rounds small gradients to 0."""
     units = getattr(torch.cpu, "get_capabilities", lambda: dict(bf16=True))()   # not in all torches
     if (device.type, precision) == ("cpu", "bfloat16") and not any(
             units[name] for name in units if "bf16" in name):
         say("this processor has no units for bfloat16: float32 would be faster")
-    return precision
+    return (torch.autocast(device.type, getattr(torch, precision), precision != "float32"),
+            torch.amp.GradScaler(device.type, enabled=precision == "float16"))
 
 
-class Recorded:
-    """A training step whose forward and backward pass are recorded as a CUDA graph, and replayed.
+def on_host(tensor):
+    """In float64 on the CPU, for exact sums: Apple's GPUs, for example, have no float64.  It waits
+    for the device, so ask for it after all work of a batch has been handed over."""
+    return tensor.cpu().double()
+
+
+def describe_machine(device):
+    """What config.json says of hardware and versions."""
+    hardware = (torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+                + f" {device.type.upper()}, {torch.get_num_threads()} threads")
+    return dict(processes=world(), device=hardware, torch=str(torch.__version__),
+                torchvision=str(torchvision.__version__), python=platform.python_version())
+
+
+# ---------------------------------------------------------------------------------------- Recording
+
+
+class Recording:
+    """A function of tensors that is recorded on a GPU, as a CUDA graph, and replayed.
 
     On small images, a GPU finishes an operation before Python can issue the next one.  So the first
     call runs as it is (in it, cuDNN tries its kernels), and the second records what Python
@@ -61,13 +150,11 @@ class Recorded:
 
     A replay works on the same memory: new inputs are copied into the recorded input tensors, and
     what the last call returned is overwritten.  Python's numbers and branches are frozen as they
-    were in the recording, and while recording, Python may read no value from the GPU.  The step of
-    the optimiser is left out of the recording and follows each replay, because its rate is a Python
-    number.
+    were in the recording, and while recording, Python may read no value from the GPU.
     """
 
-    def __init__(self, function, scaler, optimizer):
-        self.function, self.scaler, self.optimizer, self.calls = function, scaler, optimizer, 0
+    def __init__(self, function):
+        self.function, self.calls = function, 0
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -78,22 +165,14 @@ class Recorded:
         for buffer, tensor in zip(self.buffers, inputs):
             buffer.copy_(tensor)
         self.graph.replay()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         return self.result
 
     def record(self, inputs):
         self.buffers, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
-        with explained("the training step cannot be recorded", "pass --no-cuda-graph"), \
-                mock.patch.multiple(self.scaler, step=mock.DEFAULT, update=mock.DEFAULT), \
-                torch.cuda.graph(self.graph, capture_error_mode="thread_local"):    # loader threads
-            self.result = self.function(*self.buffers)
-
-
-def end_with_launcher():
-    """On Linux, end when torchrun ends, even by SIGKILL.  A run of one process is left alone."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        import ctypes
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG
-        if os.getppid() != PARENT:                      # it ended before that call
-            os._exit(1)
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):   # loader threads
+                self.result = self.function(*self.buffers)
+        except Exception:
+            say("this step cannot be recorded for the GPU, for the reason below: --no-cuda-graph "
+                "runs it as it is")
+            raise

@@ -7,7 +7,7 @@ from PIL import Image       # torchvision brings it
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from support.console import printable
+from support.console import UserError, printable
 
 
 # EXIF's orientation: 1 is upright, and these ways lead back to it.  (Pillow's own function rewrites
@@ -18,7 +18,7 @@ TURNS = dict(enumerate((
     Image.Transpose.ROTATE_90), start=2))
 
 
-class ImageError(ValueError):
+class ImageError(UserError):
     """An image that cannot be read."""
 
 
@@ -47,7 +47,7 @@ def list_images(root, split, left_out):
 
     Names that begin with a dot are left out in silence, other files that are no images are counted
     in `left_out`, by their ending.  Paths are bytes, because a file name need not be valid text.
-    Raises FileNotFoundError that says what is there instead.
+    Raises UserError that says what is there instead.
     """
     folder = os.path.join(root, split)
 
@@ -72,18 +72,20 @@ def list_images(root, split, left_out):
         problem = (f"{looked} holds {len(classes)} folders {classes[:3]} and "
                    f"{len(inside) - len(classes):,} files")
     except OSError as error:        # no such folder, a file, or a class without images
-        problem = str(error) + f", files left out, by ending: {dict(left_out)}" * bool(left_out)
-    raise FileNotFoundError(printable(
+        problem = str(error)
+        if left_out:
+            problem += f", files left out, by ending: {dict(left_out)}"
+    raise UserError(printable(
         f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "
         "and val/, each with one folder per class; see 'Images and layouts' in docs/workshop.md"))
 
 
 def size_of(path):
-    """The size of a file in bytes.  Raises ValueError for, say, a link to nothing."""
+    """The size of a file in bytes.  Raises UserError for, say, a link to nothing."""
     try:
         return os.path.getsize(path)
     except OSError as error:
-        raise ValueError(f"{printable(os.fsdecode(path))} cannot be read ({error.strerror}); "
+        raise UserError(f"{printable(os.fsdecode(path))} cannot be read ({error.strerror}); "
                          "remove it") from None
 
 
@@ -97,7 +99,3 @@ def first_of_each_class(paths, labels, count, seed):
 
     kept = [sorted(np.flatnonzero(labels == label), key=key)[:count] for label in np.unique(labels)]
     return np.sort(np.concatenate(kept))
-
-
-def digest_of(content):
-    return hashlib.sha256(b"".join(content)).hexdigest()[:16]

@@ -5,18 +5,18 @@ from pathlib import Path
 import torch
 import torchvision
 
-from senetv2 import OURS
+from support.console import UserError, explained
 
 
-def load_weights(net, source, name):
+def load_weights(net, source, trunk):
     """Copy into `net` all tensors of `source` that fit by name and shape.  Returns a summary.
 
-    source    "imagenet": torchvision's weights of network `name`, or of its trunk.  Or a file by
-              any program, or a run's folder.  A file may hold several dicts of tensors, and the
-              names may begin with a prefix such as "module.".  We take the dict and the prefix with
-              which most tensors fit; on a tie, the first of them.
+    source    "imagenet": torchvision's weights of the network that is called `trunk` there (None:
+              it has none).  Or a file by any program, or a run's folder.  A file may hold several
+              dicts of tensors, and the names may begin with a prefix such as "module.".  We take
+              the dict and the prefix with which most tensors fit; on a tie, the first of them.
 
-    Raises ValueError or FileNotFoundError, in one line, for what cannot be read or does not fit.
+    Raises UserError for what cannot be read or does not fit.
     """
     own = net.state_dict()
 
@@ -26,22 +26,23 @@ def load_weights(net, source, name):
 
     # The name "a.b.weight" may begin with the prefix "", "a." or "a.b.".
     choices = [(place, prefix, tensors)
-               for place, tensors in tensor_dicts(read_weights(source, name))
+               for place, tensors in tensor_dicts(read_weights(source, trunk))
                for prefix in dict.fromkeys(key[:end] for key in tensors
                                            for end, last in enumerate("." + key) if last == ".")]
     place, prefix, tensors = max(choices, key=lambda choice: len(fitting(*choice[1:])),
                                  default=("", "", {}))
     taken = fitting(prefix, tensors)
     if not any(tensor.dim() for tensor in taken.values()):      # a mere counter fits any network
-        raise ValueError(f"no tensor of {source} fits {name} in name and shape; give the "
-                         "weights of a similar network")
+        raise UserError(f"no tensor of {source} fits this network in name and shape; give the "
+                        "weights of a similar network")
     net.load_state_dict(taken, strict=False)
 
     new = [key for key in own if key not in taken]
     unused = [key for key in (key.removeprefix(prefix) for key in tensors) if key not in taken]
-    return (f"weights: {len(taken)} tensors taken from {source}" + f", {place}" * bool(place)
-            + f", names after {prefix}" * bool(prefix)
-            + f"; new: {len(new)} {new[:3]}; unused: {len(unused)} {unused[:3]}")
+    found = [f"weights: {len(taken)} tensors taken from {source}", place]
+    found += [f"names after {prefix}"] if prefix else []
+    return (f"{', '.join(filter(None, found))}; new: {len(new)} {new[:3]}; "
+            f"unused: {len(unused)} {unused[:3]}")
 
 
 def tensor_dicts(content, place=""):
@@ -55,32 +56,27 @@ def tensor_dicts(content, place=""):
             yield from tensor_dicts(value, f"{place}[{key!r}]")
 
 
-def read_weights(source, name):
+def read_weights(source, trunk):
     """What a file of weights holds, or torchvision's weights of a network."""
     path = Path(source, "last.pt") if Path(source).is_dir() else Path(source)
     problem = f"{path} holds no weights that can be read"
     advice = "give a file made by torch.save(net.state_dict(), path), not a whole pickled network"
-    if source == "imagenet" and name == "vit":
-        raise ValueError("torchvision has no weights of vit in this size; leave --weights out")
-    try:
-        if source == "imagenet":
-            trunk = "resnet50" if name in OURS else name
-            problem, advice = (f"torchvision's weights of {trunk} are not on this disk and cannot "
-                               "be downloaded", "leave --weights out, or give a file")
+    if source == "imagenet":
+        if trunk is None:
+            raise UserError("torchvision has no weights of this network in this size; leave "
+                            "--weights out")
+        problem = f"torchvision's weights of {trunk} are not on this disk and cannot be downloaded"
+        with explained(problem, "leave --weights out, or give a file"):
             weights = torchvision.models.get_model_weights(trunk).DEFAULT
             return weights.get_state_dict(check_hash=True)
-        if path.suffix == ".safetensors":
-            advice = "install the package safetensors, or give a file of another kind"
-
+    if not path.exists():
+        raise UserError(f"there is no file {path}; --weights takes imagenet, a file, or the folder "
+                        "of a run")
+    if path.suffix == ".safetensors":
+        with explained(problem, "install the package safetensors, or give a file of another kind"):
             from safetensors.torch import load_file
             return load_file(path)
 
-        # torchvision's own training script stores its command line beside the weights
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)      # cannot run code
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}; --weights takes imagenet, a file, or "
-                                "the folder of a run") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{problem} ({type(error).__name__}: {reason}); {advice}") from None
+    # torchvision's own training script stores its command line beside the weights
+    with explained(problem, advice), torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)          # cannot run code

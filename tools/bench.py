@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import data
 import train
 from senetv2 import OURS, AggregatedSqueezeExcitation, build_model
+from support.hardware import choose_precision
 from test_senetv2 import LiteralBranches
 
 
@@ -69,7 +70,7 @@ def main(argv=None):
             ("seconds", float, 60, "how long to measure training")):
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
     parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument("--precision", choices=train.OPTIONS["precision"][1], help="as in train.py")
+    parser.add_argument("--precision", type=train.SETTINGS["precision"][1], help="as in train.py")
     args = parser.parse_args(argv)
     if args.dataset not in data.DATASETS:
         parser.error(f"--dataset is {args.dataset}; give one of {', '.join(data.DATASETS)}")
@@ -78,7 +79,7 @@ def main(argv=None):
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    args.precision = train.choose_precision(device, args.precision)
+    args.precision = args.precision or choose_precision(device)
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{args.precision}; median [quartiles]")
     for part in (bench_networks, bench_loader, bench_cardinality):
@@ -96,7 +97,7 @@ def bench_networks(args, device):
     times = interleaved(steps, args.seconds, device)
 
     print(f"\ntraining steps of {args.batch_size} images, {args.image_size}x{args.image_size}, "
-          f"{args.stem} stem, layers {args.layers}{', compiled' * args.compile}; "
+          f"{args.stem} stem, layers {args.layers}{', compiled' if args.compile else ''}; "
           f"{len(times)} rounds\n\n| network | images/s | speed ÷ resnet |\n|---|---|---|")
     for name, seconds in zip(OURS, times.T):
         print(f"| {name} | {quartiles(args.batch_size / seconds, ',.0f')} "

@@ -21,10 +21,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import save_image
 
 import train
-from data import printable
 from senetv2 import GATES
-from train import (RANK, SETTINGS, WORLD, evaluate, in_words, load, on_host, open_data, say,
-                   sums_per_class)
+from support.console import UserError, in_words, printable, say, world
+from support.hardware import on_host
+from train import SETTINGS, evaluate, load, open_data
 
 OPTIONS = {"checkpoint": (None, str, "what to evaluate: a run's folder or its last.pt; by default "
                                      "the folder that the other flags name")}
@@ -33,37 +33,67 @@ FEW = 20        # up to so many classes, the page has the whole matrix, and name
 
 def run_evaluation(args, settings, device):
     """Print the accuracy of each class and of all, look inside the gates, and write the page."""
+    if world() > 1:
+        raise UserError("evaluation is for one process; leave torchrun out")
     path = Path(args.checkpoint or args.out)
     folder = path if path.is_dir() else path.parent
     net = load(path).to(device, memory_format=torch.channels_last)
     data = open_data(args, net.settings | dict(train_images=0), device)     # none is used here
     if data.classes != net.classes:
-        raise ValueError(f"{path} was trained on classes other than those in {args.data_dir}")
+        raise UserError(f"{path} was trained on classes other than those in {args.data_dir}")
 
-    answers = []        # of each batch: the probability of the most likely class, and its number
-    hook = net.register_forward_hook(
-        lambda net, images, logits: answers.append(on_host(logits).softmax(1).max(1)))
-    test, per_class = evaluate(net, data)
-    hook.remove()
+    test, chances, predicted, means = look(net, data)
+    labels = data.labels[data.train_size:].cpu()
+    images, right = (torch.bincount(some, minlength=len(data.classes)).tolist()
+                     for some in (labels, labels[labels == predicted]))
     result = f"{data.test_size:,} test images of {net.settings['dataset']}: {in_words(test)}"
     say("top-1 of each class:")
-    for name, top1 in zip(data.classes, per_class):
-        say(f"{top1:7.2f}%  {name}")
+    for name, hits, count in zip(data.classes, right, images):
+        say(f"{100 * hits / count:7.2f}%  {name}")
     say(result)
-    gates = look_inside(net, data, folder / "gates.png") if net.settings["model"] in GATES else None
+    gates = draw_gates(means, folder / "gates.png") if net.settings["model"] in GATES else None
 
     out = folder / "page.html"
-    if WORLD > 1:
-        return say(f"no {out}: each process saw only its share of the images; evaluate with one")
-    chances, predicted = (torch.cat(part).tolist() for part in zip(*answers))
+    text = page(net, data, folder, result, chances.tolist(), predicted.tolist(), gates)
     try:
-        out.write_text(page(net, data, folder, result, chances, predicted, gates), "utf-8")
+        out.write_text(text, "utf-8")
     except OSError as error:
         return say(f"no page: {out} cannot be written ({error.strerror})")
     say(f"{out}: curves, confusions, mistakes and more; open it in a browser")
 
 
-def look_inside(net, data, path):
+def look(net, data):
+    """Evaluate, and keep of each test image the probability and the number of its most likely
+    class; and of the last gate of each stage that can tell, the mean factor s of each channel for
+    each class, (classes, channels).  Returns (results, (N,), (N,), list)."""
+    answers, sums, position = [], {}, 0
+    labels = data.labels[data.train_size:]
+    last = [getattr(stage[-1], "gate", None) for name, stage in net.named_children()
+            if name.startswith("layer")]
+
+    def look_at_gate(gate, inputs, out):
+        factors = gate.scale(*inputs).flatten(1)                                # (B, channels)
+        if gate not in sums:
+            sums[gate] = factors.new_zeros(len(data.classes), factors.shape[1])
+        sums[gate].index_add_(0, labels[position:position + len(factors)], factors)
+
+    def look_at_answer(net, images, logits):
+        nonlocal position
+        position += len(logits)
+        answers.append(on_host(logits).softmax(1).max(1))
+
+    hooks = [gate.register_forward_hook(look_at_gate) for gate in last if hasattr(gate, "scale")]
+    hooks.append(net.register_forward_hook(look_at_answer))
+    results = evaluate(net, data)
+    for hook in hooks:
+        hook.remove()
+    chances, predicted = (torch.cat(part) for part in zip(*answers))
+    counts = torch.bincount(labels.cpu(), minlength=len(data.classes)).double()[:, None]
+    return results, chances, predicted, [on_host(sums[gate]) / counts for gate in last
+                                         if gate in sums]
+
+
+def draw_gates(means, path):
     """Draw the mean factor s of each channel for each class, and print how much it varies.
 
     After arXiv 1709.01507, section 7.2.  One strip per stage, of its last bottleneck: one row per
@@ -71,24 +101,10 @@ def look_inside(net, data, path):
 
     Returns the factor that is black, and of each stage its line of text and (classes, channels).
     """
-    last = [stage[-1].gate for stage in (net.layer1, net.layer2, net.layer3, net.layer4)]
-    if not all(hasattr(gate, "scale") for gate in last):
+    if len(means) < 4:
         return say("no picture of the gates: not all have a method scale(x), the factor alone")
-    gates = []
-    hooks = [gate.register_forward_hook(lambda gate, inputs, out: gates.append(
-        gate.scale(*inputs).flatten(1))) for gate in last]
-
-    def factors(images, labels):
-        gates.clear()
-        net(images)
-        return torch.cat([torch.ones_like(gates[0][:, :1]), *gates], dim=1)     # (B, 1 + channels)
-
-    sums, strips = sums_per_class(net, data, factors), []
-    for hook in hooks:
-        hook.remove()
-    means = sums[:, 1:] / sums[:, :1]                                   # (classes, channels)
-    black = means.min().floor()
-    for stage, mean in enumerate(means.split([gate.shape[1] for gate in gates], 1), start=1):
+    strips, black = [], min(mean.min() for mean in means).floor()
+    for stage, mean in enumerate(means, start=1):
         words = (f"stage {stage}: mean factor {mean.mean():.3f}, standard deviation across classes "
                  f"{mean.std(0, correction=0).mean():.4f}")
         say(words)
@@ -96,8 +112,7 @@ def look_inside(net, data, path):
     picture = torch.cat([F.interpolate(strip[None, None], (max(100, len(strip)), 2048))
                          for _, strip in strips])
     try:
-        if RANK == 0:
-            save_image(picture, path, nrow=1, padding=8, pad_value=1)
+        save_image(picture, path, nrow=1, padding=8, pad_value=1)
     except OSError as error:
         say(f"no picture of the gates: {path} cannot be written ({error.strerror})")
     else:
@@ -184,7 +199,7 @@ def from_file(build, path, *rest):
     """build(text of the file, ...), or a sentence where it is missing or empty."""
     try:
         return build(path.read_text("utf-8"), *rest)
-    except Exception as error:              # whatever other programs, and older code, leave
+    except Exception as error:              # whatever other programs leave
         return f"<p>{path.name} is missing, or holds nothing to show ({type(error).__name__}).</p>"
 
 
@@ -275,7 +290,7 @@ def strips(names, black, stages):
     parts = [f"<p>Black is {black:.0f} (closed), white {black + 1:.0f} (open).</p>"]
     for words, strip in stages:
         strip = (255 * strip[::math.ceil(len(strip) / 100)].clamp(0, 1)).round().byte().cpu()
-        beside = f"<div>{''.join(names)}</div>" * (len(names) <= FEW)
+        beside = f"<div>{''.join(names)}</div>" if len(names) <= FEW else ""
         parts.append(f'<p>{words}</p><div class="strip">{beside}<img alt="" style="height: '
                      f'{min(len(names), FEW)}rem" src="{png(to_pil_image(strip))}" /></div>')
     return "\n".join(parts)
@@ -299,7 +314,7 @@ def shares(names, counts, images):
 def origin(text):
     """What config.json holds, and what each setting means."""
     config = json.loads(text)
-    settings = train.completed(config.pop("settings"))
+    settings = config.pop("settings")
     return table(["name", "value", "meaning"], [
         [shown(key), shown(value), shown(SETTINGS[key][2]) if key in SETTINGS else ""]
         for key, value in (settings | config).items()

@@ -6,10 +6,12 @@ import torch
 
 import train
 from data import read_image
-from train import load, on_host, say
+from support.console import UserError, say
+from support.hardware import on_host
+from train import load
 
 OPTIONS = {
-    "image": ([], list, "image files"),
+    "image": ([], str, "image files"),
     "checkpoint": (None, str, "what to predict with: a run's folder or its last.pt; by default the "
                               "folder that the other flags name"),
 }
@@ -19,7 +21,7 @@ OPTIONS = {
 def run_prediction(args, settings, device):
     """Print the five most likely classes of each image."""
     if not args.image:
-        raise ValueError("no image; give --image cat.jpg")
+        raise UserError("no image; give --image cat.jpg")
     net = load(args.checkpoint or args.out).to(device, memory_format=torch.channels_last)
     for path in args.image:
         logits = net(net.preprocess(read_image(path)).to(device))[0]

@@ -11,9 +11,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from data import FOLDERS, printable
+from data import FOLDERS
 from senetv2 import GATES
-from train import SETTINGS, completed, defaults
+from support.console import UserError, errors_in_one_line, printable
+from train import SETTINGS, defaults
 
 
 NARROW, SENETV2 = "senet r=32", "senetv2 r=32 K=4 (= senet r=8)"
@@ -21,7 +22,8 @@ PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the
     ("cifar100", "3,4,6,3"): {"resnet": 61.72, NARROW: 62.26, SENETV2: 63.52},
     ("cifar10", "1,1,1,1"): {"resnet": 77.38, NARROW: 77.79, SENETV2: 78.60},
 }
-NETWORK = ("model", "reduction", "cardinality", "residual", "zero_init", "seed")    # of one table
+NETWORK = ("model", "reduction", "cardinality", "residual", "zero_init", "seed",    # of one table
+           "precision")             # which counts as a part of the machine
 ZERO_INIT = " zero-init"        # ends the names of networks that start so
 COLOURS = ("grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink", "black", "gold",
            "teal", "navy", "lime", "crimson")
@@ -47,7 +49,7 @@ def run_report(folders):
                             "table uses another run with the same settings "
                             f"({first['top1'][-1]:.2f}%)")
     if not tables and not left_out:
-        raise ValueError(f"no runs in {', '.join(folders)}; train first")
+        raise UserError(f"no runs in {', '.join(folders)}; train first")
     for shared, networks in joined(tables).items():
         print_results(dict(shared), networks)
     print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
@@ -68,14 +70,16 @@ def joined(tables):
 def read_run(path):
     """(what a table shares, name of the row, seed, and the run as a dict) of one config.json."""
     run = json.loads(path.read_text())
-    settings = completed(run["settings"])
+    settings = run["settings"]                  # older ones may lack some
+    settings = defaults(settings["recipe"], settings["dataset"]) | settings
     table = csv.DictReader(path.with_name("metrics.csv").read_text().splitlines())
     run["top1"] = [float(row["top1"]) for row in table]
     if len(run["top1"]) < settings["epochs"]:
         raise ValueError(f"{len(run['top1'])} of {settings['epochs']} epochs")
-    run["machine"] = (f"{run['device']}, torch {run['torch']}"
-                      + f", {run.get('precision')}" * (run.get("precision", "float32") != "float32")
-                      + f", {run.get('processes')} processes" * (run.get("processes", 1) > 1))
+    run["machine"] = f"{run['device']}, torch {run['torch']}"
+    precision = run.get("precision") or settings["precision"] or "float32"
+    run["machine"] += f", {precision}" if precision != "float32" else ""
+    run["machine"] += f", {run['processes']} processes" if run.get("processes", 1) > 1 else ""
     shared = tuple((key, settings[key]) for key in SETTINGS if key not in NETWORK)
     hash((shared, settings["seed"])), format(run["parameters"], ",")        # raise here if they do
     return (*shared, ("files", run.get("files"))), label(settings), settings["seed"], run
@@ -152,10 +156,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="tools.report", description="Print tables of the "
                                      "finished runs in these folders, as Markdown.")
     parser.add_argument("folders", nargs="*", default=["runs"], help="by default: runs")
-    try:
-        run_report(parser.parse_args(argv).folders)
-    except ValueError as error:
-        sys.exit(f"tools.report: error: {error}")
+    args = parser.parse_args(argv)
+    with errors_in_one_line("tools.report"):
+        run_report(args.folders)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
     python -m tools.table --image-size 224    another image size
 """
 import argparse
-import sys
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from senetv2 import STEMS, build_model
+from support.console import errors_in_one_line
 
 
 ROWS = {    # label -> settings of build_model
@@ -61,10 +61,8 @@ def main(argv=None):
     parser.add_argument("--image-size", type=int, default=32, help="pixels per side")
     parser.add_argument("--stem", choices=STEMS, default="imagenet", help="first layer")
     args = parser.parse_args(argv)
-    try:
+    with errors_in_one_line("tools.table"):
         print_table(args.image_size, args.stem)
-    except (ValueError, RuntimeError) as error:     # an image size that fits no network
-        sys.exit(f"tools.table: error: {str(error).splitlines()[0]}")
 
 
 if __name__ == "__main__":
