@@ -12,6 +12,7 @@ import copy
 import csv
 import functools
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from torchvision.transforms import v2
 
 import data
-import senetv2
 import train
 from senetv2 import OURS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
+from support import checkpoint
 
 HERE = Path(__file__).parent
 SMALL = (1, 1, 1, 1)
@@ -40,6 +41,13 @@ SMALL = (1, 1, 1, 1)
 @pytest.fixture(autouse=True)
 def same_start():
     torch.manual_seed(0)        # every test draws the same numbers
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """On a busy machine, two threads wait for each other.  Child processes read the variable."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -105,11 +113,11 @@ def save_image(image, path, kind="PNG"):
     v2.functional.to_pil_image(image).save(path, kind)
 
 
-class LiteralBranches(nn.Module):
-    """The same gate as the paper draws it: K hidden layers, a ReLU on each, a concatenation.
+# ----------------------------------------------------------------------------------------- The gate
 
-    Only the test that compares it with the wide layer uses it, and the measurement of speed.
-    """
+
+class LiteralBranches(nn.Module):
+    """SENetV2's gate as the paper draws it: K hidden layers, a ReLU on each, a concatenation."""
 
     def __init__(self, channels, reduction=32, cardinality=4):
         super().__init__()
@@ -123,9 +131,6 @@ class LiteralBranches(nn.Module):
 
     def forward(self, x):                                       # (B, C, H, W) -> (B, C, H, W)
         return x * self.excite(x.mean((2, 3)))
-
-
-# ----------------------------------------------------------------------------------------- The gate
 
 
 @pytest.mark.parametrize("sizes", [(64, 8, 4), (60, 7, 3), (256, 32, 1)])
@@ -366,7 +371,7 @@ def same_result(out, other):
                for row in table] for table in (a["history"], b["history"], rows(out), rows(other))]
     assert tables == [tables[0]] * 4
     assert len(tables[0]) == a["settings"]["epochs"] > 0 and len(a["model"]) > 50
-    for key in ("settings", "images", "step", "model", "optimizer", "scaler"):
+    for key in ("settings", "images", "step", "measures", "model", "optimizer", "scaler"):
         assert_equal(a[key], b[key])
     return True
 
@@ -374,14 +379,14 @@ def same_result(out, other):
 def stop_at(step, flags, monkeypatch, saved=None):
     """Train until Ctrl-C after step `step`.  last.pt is of the step before, or of `saved`, (step,
     evaluations); (0, 0) means that there is none."""
-    def save(run, *rest, inner=train.save):
-        if run.step == step:
+    def save(state, inner=checkpoint.save):
+        if state.step == step:
             raise KeyboardInterrupt
-        if saved in (None, (run.step, len(run.history))):
-            inner(run, *rest)
+        if saved in (None, (state.step, len(state.history))):
+            inner(state)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
-        patch.setattr(train, "save", save)
+        patch.setattr(checkpoint, "save", save)
         train.main([*flags, "--checkpoint-minutes", "0"])
 
 

@@ -187,8 +187,7 @@ def evaluate(net, data):
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
 
-    totals = torch.tensor([correct, in_five, loss_sum, count], dtype=torch.float64)
-    correct, in_five, loss_sum, count = sum_over_processes(totals).tolist()
+    correct, in_five, loss_sum, count = sum_over_processes(correct, in_five, loss_sum, count)
     results = dict(test_loss=loss_sum / count, top1=100 * correct / count)
     if len(data.classes) > 5:
         results["top5"] = 100 * in_five / count

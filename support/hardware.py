@@ -92,14 +92,19 @@ def share_buffers(network):
             dist.broadcast(buffer, 0)
 
 
-def sum_over_processes(tensor):
+def sum_over_processes(*numbers):
+    """The sum of each number over all processes."""
     if world() > 1:
-        dist.all_reduce(tensor)
-    return tensor
+        dist.all_reduce(sums := torch.tensor(numbers, dtype=torch.float64))
+        return sums.tolist()
+    return numbers
 
 
 def mean_over_processes(tensor):
-    return sum_over_processes(tensor / world()) if world() > 1 else tensor
+    if world() > 1:
+        tensor = tensor / world()
+        dist.all_reduce(tensor)
+    return tensor
 
 
 # ---------------------------------------------------------------------- Number formats and machines

@@ -16,9 +16,11 @@ from torchvision.transforms import v2
 
 import data
 from senetv2 import build_model
+from support.console import UserError
 from test_senetv2 import (
     HERE, SMALL, assert_equal, in_memory, joined, numbered, save_image)
 from tests.conftest import STATISTICS, add_image, load_folder, no_network
+from tools import look
 
 
 def test_processes_share_each_batch_and_some_get_an_empty_one(folder):
@@ -107,14 +109,14 @@ def test_another_pixel_label_or_class_is_another_set_in_memory():
                  ((4, (3, 32, 32)), (4, ()), (2, (3, 32, 32)), (2, ()), (5, ()))]
         if changed is not None:
             parts[changed].view(-1)[-1] = 1
-        return in_memory(parts[:2], parts[2:4], str(parts[4].tolist()), batch_size=2).digest
+        return str(in_memory(parts[:2], parts[2:4], str(parts[4].tolist()), batch_size=2).identity)
 
     assert identity() == identity()
     assert len({identity(changed) for changed in (None, 0, 1, 2, 3, 4)}) == 6
 
 
 def test_the_contact_sheet_pairs_before_and_after_per_class():
-    sheet = data.contact_sheet(numbered())
+    sheet = look.contact_sheet(numbered())
     assert sheet.shape == (3, 10 * 68 + 4, 10 * 68 + 4) and sheet.dtype == torch.uint8
     tiles = sheet[0, 4:, 4:].unfold(0, 64, 68).unfold(1, 64, 68)        # (10, 10, 64, 64)
     fill = torch.arange(1, 51).reshape(5, 10).T     # image i has class i % 10 and the value i + 1
@@ -177,11 +179,11 @@ def test_cifar_is_read_in_its_original_format_or_refused_with_the_way_out(
     monkeypatch.setattr(module, "download_and_extract_archive", no_network)
     for check in (module.check_integrity, lambda path, md5: not path.endswith("meta")):
         monkeypatch.setattr(module, "check_integrity", check)
-        said = f"{dataset} is missing or damaged in .*{root} .*DATASET=shapes"
-        with pytest.raises(FileNotFoundError, match=said):
+        said = f"{dataset} is missing or damaged in .*{root} .*--dataset shapes"
+        with pytest.raises(UserError, match=said):
             data.load_data(dataset, tmp_path)
     assert "downloading" not in capsys.readouterr().out             # some files were there
-    with pytest.raises(FileNotFoundError, match="DATASET=shapes"):
+    with pytest.raises(UserError, match="--dataset shapes"):
         data.load_data(dataset, tmp_path / "elsewhere")
     assert f"downloading {dataset}" in capsys.readouterr().out
 

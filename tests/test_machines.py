@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 import data
 import train
 from senetv2 import build_model
+from support import hardware
 from test_senetv2 import HERE, eight_steps, equal, rows, same_result, stop_at
-from tests.conftest import complaint, edited, folder_flags, load_folder
+from tests.conftest import complaint, folder_flags, load_folder
 from tools import evaluate, predict
 
 # ----------------------------------------------------------------------------------- Number formats
@@ -47,11 +48,12 @@ def test_a_run_in_16_bits_that_was_stopped_ends_alike(precision, whole, tmp_path
 
     # It keeps its format without being told, and refuses another.
     flags = eight_steps("folder", whole, stopped, *few)
-    assert f"--precision {precision}" in complaint(capsys, *flags, "--precision", "float32")
+    assert f"precision: was {precision}, is float32;" in complaint(
+        capsys, *flags, "--precision", "float32")
     train.main(flags)
     assert f"precision={precision}" in capsys.readouterr().out
     assert same_result(stopped, undisturbed)
-    assert json.loads((stopped / "config.json").read_text())["precision"] == precision
+    assert json.loads((stopped / "config.json").read_text())["settings"]["precision"] == precision
     train.main([*flags, "--precision", "float32", "--out", str(tmp_path / "32")])
     assert not equal(*(train.read_checkpoint(run)["model"] for run in (stopped, tmp_path / "32")))
 
@@ -77,39 +79,25 @@ def test_a_gradient_that_overflows_skips_the_step_and_halves_the_scale(whole, tm
                for name, weight in start.named_parameters())
 
 
-@pytest.mark.parametrize("capability, chosen, older", [
-    ((6, 1), "float32", "float32"),             # a GTX 1080
-    ((7, 5), "float16", "float32"),             # a T4 only emulates bfloat16
-    ((8, 0), "bfloat16", "bfloat16"),           # an A100
+@pytest.mark.parametrize("capability, chosen", [
+    ((6, 1), "float32"),                        # a GTX 1080
+    ((7, 5), "float16"),                        # a T4 only emulates bfloat16
+    ((8, 0), "bfloat16"),                       # an A100
 ])
-def test_by_default_a_gpu_uses_the_16_bits_it_is_made_for(capability, chosen, older, monkeypatch):
+def test_by_default_a_gpu_uses_the_16_bits_it_is_made_for(capability, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
         including_emulation or capability >= (8, 0)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    cuda = torch.device("cuda")
-    assert train.choose_precision(cuda) == chosen
-    assert train.choose_precision(cuda, "float32") == "float32"
-
-    # A run goes on as it began, also one of older code, which stored no precision.
-    assert train.choose_precision(cuda, None, dict(about=None)) == older
-    assert train.choose_precision(cuda, None, dict(about=dict(precision="float16"))) == "float16"
-    assert train.choose_precision(torch.device("cpu")) == "float32"
+    assert hardware.choose_precision(torch.device("cuda")) == chosen
+    assert hardware.choose_precision(torch.device("cpu")) == "float32"
 
 
 def test_bfloat16_on_a_processor_without_units_for_it_gets_a_warning(monkeypatch, capsys):
     for units, lines in ((dict(avx2=True, avx512_bf16=False), 1), (dict(amx_bf16=True), 0)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units, raising=False)
-        for device, precision in (("cpu", "bfloat16"), ("cpu", "float32"), ("meta", "bfloat16")):
-            train.choose_precision(torch.device(device), precision)
+        for precision in ("bfloat16", "float32"):
+            hardware.number_format(torch.device("cpu"), precision)
         assert capsys.readouterr().out.count("float32 would be faster") == lines
-
-
-def test_a_checkpoint_that_names_no_precision_goes_on(whole, tmp_path, monkeypatch):
-    flags = eight_steps("folder", whole, tmp_path, "--workers", "0")
-    stop_at(6, flags, monkeypatch)
-    edited(lambda saved: [saved.pop(key) for key in ("about", "scaler")])(tmp_path / "last.pt")
-    train.main(flags)
-    assert same_result(tmp_path, whole / "folder")
 
 
 # ------------------------------------------------------------------------------------------ Devices
@@ -120,17 +108,25 @@ def test_a_checkpoint_that_names_no_precision_goes_on(whole, tmp_path, monkeypat
 def test_the_accelerator_is_offered_and_cuda_taken(found, offered, taken, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: (
         torch.device(found or "cuda") if found or not check_available else None))
-    spec = importlib.util.spec_from_file_location("train_elsewhere", HERE / "train.py")
+    found = module_of("support/hardware.py").DEVICES
+    monkeypatch.setattr(hardware, "DEVICES", found)
+    default, read, _ = module_of("train.py").OPTIONS["device"]
+    assert (default, found) == (taken, offered) == (taken, tuple(map(read, offered)))
+
+
+def module_of(name):
+    """A second copy of a script of ours, as another machine would import it."""
+    spec = importlib.util.spec_from_file_location("elsewhere", HERE / name)
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    assert module.OPTIONS["device"][:2] == (taken, offered)
+    return module
 
 
-def test_on_other_accelerators_batches_are_gathered_on_the_cpu_and_sent():
+def test_images_in_memory_lie_on_the_device_and_batches_are_made_there():
     source = data.load_data("shapes", device="meta", train_images=64, batch_size=32)
     (images, labels), *_ = source.train_batches(0)
-    assert {images.device.type, labels.device.type} == {"meta"} and images.shape == (32, 3, 32, 32)
-    assert {source.windows.device.type, source.labels.device.type} == {"cpu"}
-    assert source.view([0]).device.type == "meta"
+    assert images.shape == (32, 3, 32, 32) and labels.shape == (32,)
+    assert {tensor.device.type for tensor in (
+        images, labels, source.padded, source.labels, source.view([0]))} == {"meta"}
 
 
 class NoFloat64(TorchDispatchMode):
@@ -154,13 +150,18 @@ class NoFloat64(TorchDispatchMode):
 def test_no_float64_reaches_an_accelerator(folder, tmp_path, monkeypatch):
     forbidden, counted = NoFloat64(), []
 
-    def on_host(tensor, inner=train.on_host):
+    def on_host(tensor, inner=hardware.on_host):
         with _disable_current_modes():
             result = inner(tensor)
         counted.append(forbidden.host.setdefault(id(result), result))
         return result
     for module in (train, evaluate, predict):
         monkeypatch.setattr(module, "on_host", on_host)
+
+    def unscale(*args, inner=torch.amp.GradScaler.unscale_):    # torch avoids float64 on mps itself
+        with _disable_current_modes():
+            inner(*args)
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
     flags = folder_flags(folder, tmp_path / "run", epochs=2)
     with forbidden:
         train.main([*flags, "--label-smoothing", "0.1", "--weight-decay", "0.1"])

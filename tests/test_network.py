@@ -13,6 +13,8 @@ from torch import nn
 import senetv2
 import train
 from senetv2 import OURS, SqueezeExcitation, build_model
+from support.console import UserError
+from support.weights import load_weights
 from test_senetv2 import HERE, SMALL, assert_equal
 from tests.conftest import ONE_STEP, Hostile, complaint, folder_flags
 from tools import evaluate
@@ -41,7 +43,7 @@ def test_a_softmax_would_nearly_close_an_undecided_gate():
     ("senet", dict(layers="1,1,1,1"), "'1,1,1,1'; give four positive"),
     ("resnet", dict(stem="tiny"), "'tiny'.* imagenet, cifar"),
     ("senet3", {}, "'senet3'.* resnet, .*senet, senetv2, .*convnext_tiny, vit"),
-    ("vit", dict(image_size=130), "16x16.* 130"),
+    ("vit", dict(image_size=130), "16x16.* 130"), ("vit", dict(image_size=34), "4x4.* 34"),
 ])
 def test_impossible_networks_are_refused_with_the_way_out(name, options, said):
     with pytest.raises(ValueError, match=rf"\A.*{said}.*\Z"):       # one line: . is no newline
@@ -64,7 +66,8 @@ def test_a_gate_of_ones_own_is_any_module(folder, tmp_path, monkeypatch, capsys)
     exec(code, names := {})
     monkeypatch.setitem(senetv2.GATES, "constant", names["Constant"])
     monkeypatch.setattr(senetv2, "OURS", (*OURS, "constant"))
-    monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", (*OURS, "constant"), "a gate"))
+    monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", str, "a gate"))
+    monkeypatch.setattr(train, "OURS", (*OURS, "constant"))
     monkeypatch.setitem(train.USED_BY, "layers", ("constant",))
     train.main([*folder_flags(folder, tmp_path / "run"), "--model", "constant"])
     evaluate.main(["--checkpoint", str(tmp_path / "run"), "--data-dir", str(folder)])
@@ -104,7 +107,7 @@ def test_weights_are_taken_as_they_come_where_name_and_shape_agree(kind, finishe
     torch.save(WRAPPED[kind](given), tmp_path / "weights.pth")
     net = build_model("resnet", 3, SMALL)
     before = net.fc.weight.clone()
-    text = senetv2.load_weights(net, tmp_path / "weights.pth", "resnet")
+    text = load_weights(net, tmp_path / "weights.pth", "resnet50")
 
     same = {key for key in given if "gate" not in key and "fc" not in key}
     assert f"{len(same)} tensors taken" in text and "new: 2 ['fc.weight', 'fc.bias']" in text
@@ -142,12 +145,12 @@ def test_weights_that_cannot_be_read_are_refused_with_what_to_give_instead(tmp_p
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for source, said in (("whole.pth", r"torch.save\(net.state_dict\(\), path\)"),
                          ("hostile.pth", "no weights"), ("a.safetensors", "install .*safetensors"),
-                         ("gone.pth", "no file gone.pth"), ("vit", "no weights of vit")):
-        with pytest.raises((ValueError, FileNotFoundError), match=rf"\A.*{said}.*\Z"):
-            senetv2.load_weights(net, "imagenet" if source == "vit" else source,
-                                 "vit" if source == "vit" else "resnet")
+                         ("gone.pth", "no file gone.pth"), ("vit", "no weights of this")):
+        with pytest.raises(UserError, match=rf"\A.*{said}.*\Z"):
+            load_weights(net, "imagenet" if source == "vit" else source,
+                         train.trunk_of("vit" if source == "vit" else "resnet"))
     assert not Path("hostile").exists()
 
     library = SimpleNamespace(load_file=lambda path: {**net.state_dict(), "a": torch.ones(3)})
     monkeypatch.setitem(sys.modules, "safetensors.torch", library)      # it was missing
-    assert "new: 0 []; unused: 1 ['a']" in senetv2.load_weights(net, "a.safetensors", "resnet")
+    assert "new: 0 []; unused: 1 ['a']" in load_weights(net, "a.safetensors", "resnet50")

@@ -1,5 +1,7 @@
 """The Makefile, the pages, and the form of the scripts."""
+import ast
 import copy
+import graphlib
 import json
 import re
 import shlex
@@ -27,7 +29,7 @@ def test_values_with_spaces_and_quotes_arrive_whole(target, variables):
     show = f"{shlex.quote(sys.executable)} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
     values = {name: f"my cat's  \"best\" & (photos); echo * {name}" for name in variables}
     lines = make("--silent", target, f"PYTHON={show}", *map("=".join, values.items()))
-    words = json.loads(lines[-1])
+    words = json.loads(*[line for line in lines if line.startswith("[")])
     for name, value in values.items():
         assert words[words.index("--" + name.lower().replace("_", "-")) + 1] == value
 
@@ -52,25 +54,29 @@ def test_only_what_was_typed_for_this_make_counts(target):
         "-n", target, "PYTHON=python3")
 
 
+NEXT = ("echo 'next: make evaluate, or make predict IMAGE=file, with the same variables'")
+
+
 @pytest.mark.parametrize("words, commands", [
-    ("train NPROC=2", "p -m torch.distributed.run --standalone --nproc-per-node 2 train.py"),
+    ("train NPROC=2",
+     "p -m torch.distributed.run --standalone --nproc-per-node 2 train.py\n" + NEXT),
     ("train DATASET=folder DATA_DIR=d IMAGE_SIZE=64 MODEL=senet RECIPE=strong LAYERS=1,1,1,1 "
      "STEM=cifar REDUCTION=8 CARDINALITY=2 WEIGHTS=w EPOCHS=4 BATCH_SIZE=16 LR=0.2 TRAIN_IMAGES=99 "
      "IMAGES_PER_CLASS=50 SEED=7 DEVICE=cpu OUT=o ARGS=--no-augment",
      "p train.py --dataset folder --data-dir d --image-size 64 --model senet --recipe strong "
      "--layers 1,1,1,1 --stem cifar --reduction 8 --cardinality 2 --weights w --epochs 4 "
      "--batch-size 16 --lr 0.2 --train-images 99 --images-per-class 50 --seed 7 --device cpu "
-     "--out o --no-augment"),
+     "--out o --no-augment\n" + NEXT),
     ("evaluate CHECKPOINT=c DATA_DIR=d", "p -m tools.evaluate --checkpoint c --data-dir d"),
     ("predict IMAGE=i CHECKPOINT=c", "p -m tools.predict --image i --checkpoint c"),
-    ("look OUT=o DATASET=cifar10", "p data.py --dataset cifar10 --out o"),
+    ("look OUT=o DATASET=cifar10", "p -m tools.look --dataset cifar10 --out o"),
     ("table STEM=cifar IMAGE_SIZE=64", "p -m tools.table --stem cifar --image-size 64"),
     ("bench LAYERS=1,1,1,1 ARGS=--compile", "p -m tools.bench --layers 1,1,1,1 --compile"),
     ("test ARGS=-x", "p -m pytest -q -rs -x"), ("faults", "p -m tools.faults"),
     ("report", "p -m tools.report runs results"),
     ("results", "{ cat results/about.md && p -m tools.report results; } > results/README.tmp\n"
                 "mv results/README.tmp results/README.md"),
-    ("pictures", "p train.py\np -m tools.evaluate\np data.py --out assets/shapes.png\n"
+    ("pictures", "p train.py\np -m tools.evaluate\np -m tools.look --out assets/shapes.png\n"
                  "cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png"),
 ])
 def test_make_runs_exactly_these_commands(words, commands):
@@ -80,7 +86,7 @@ def test_make_runs_exactly_these_commands(words, commands):
 
 def test_clean_leaves_runs_and_data_and_help_names_every_target(tmp_path):
     shutil.copy(HERE / "Makefile", tmp_path)
-    kept = {"Makefile", "runs", "data", "results", "tools", "tests", "mine"}
+    kept = {"Makefile", "runs", "data", "results", "support", "tools", "tests", "mine"}
     for name in (*kept - {"Makefile"}, ".venv", ".pytest_cache", "tools/__pycache__"):
         (tmp_path / name).mkdir(parents=True)
     make("clean", "-C", str(tmp_path))
@@ -248,19 +254,43 @@ def test_the_table_of_starts_follows_from_the_raw_files(top1):
            for base in ("resnet", "resnet zero-init"))) for name, found in seeds.items()]
 
 
-@pytest.mark.parametrize("name, allowed", [
-    ("senetv2.py", set()), ("data.py", set()), ("train.py", {"senetv2", "data"}),
-    ("test_senetv2.py", {"senetv2", "data", "train"}),
-    *[(f"tools/{path.stem}.py", {"senetv2", "data", "train", "test_senetv2"})
-      for path in HERE.glob("tools/[a-z]*.py") if path.stem != "report"]])
-def test_imports_go_down(name, allowed):
-    imported = re.findall(r"^\s*(?:import|from) +(\w+)", (HERE / name).read_text(), re.M)
-    own = {"senetv2", "data", "train", "test_senetv2", "tools", "tests"}
-    assert "torch" in imported and {*imported} & own <= allowed
+FLOORS = ("support", "senetv2 data", "train", "test_senetv2", "tools tests")    # from the ground
+
+
+def test_imports_go_down_the_floors_without_a_circle():
+    floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
+    scripts = [path.relative_to(HERE) for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py"))]
+    assert len(scripts) > 25 and {path.parts[0].removesuffix(".py") for path in scripts} == {*floor}
+    inside = {path.stem: set() for path in scripts if path.parts[0] == "support"}
+    for path in scripts:
+        room = path.parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse((HERE / path).read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for other, _, rest in (module.partition(".") for module in modules):
+                if room == other == "support":
+                    inside[path.stem].add(rest.partition(".")[0])
+                elif room == other == "tests" or (room, other) == ("tests", "tools"):
+                    continue            # tests share what conftest has, and test the tools
+                elif other in floor:
+                    assert floor[other] < floor[room], f"{path} imports {other}"
+    assert inside["console"] == set()
+    list(graphlib.TopologicalSorter(inside).static_order())      # CycleError, if there is one
+
+
+def test_the_book_tells_nobody_to_skip():
+    book = [HERE / f"{name}.py" for name in "senetv2 data train test_senetv2".split()]
+    for path in (*book, *HERE.glob("support/*.py")):
+        assert not re.search("may skip|on trust|can wait|older code|want to know|need this section|"
+                             "mock", path.read_text()), path
 
 
 def test_lines_end_by_column_100():
-    files = [*HERE.glob("*.py"), *HERE.glob("tests/*.py")]
+    files = [*HERE.glob("*.py"), *HERE.glob("*/*.py")]
     assert len(files) > 10 and [line for path in files for line in path.read_text(
         encoding="utf-8").splitlines() if len(line) > 100] == []
 

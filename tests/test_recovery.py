@@ -17,6 +17,8 @@ import pytest
 import torch
 
 import train
+from support import checkpoint, hardware
+from support.console import UserError
 from test_senetv2 import HERE, eight_steps, rows, same_result, stop_at
 from tests.conftest import (
     Hostile, complaint, edited, folder_flags, load_folder, start, wait_for)
@@ -88,15 +90,14 @@ def test_a_run_keeps_others_out_until_it_is_ended_and_then_goes_on(by, whole, tm
     assert same_result(tmp_path, whole / "folder")
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
-def test_a_run_from_before_zero_init_goes_on_without_it(recipe, folder, tmp_path, capsys):
-    flags = [*folder_flags(folder, tmp_path), "--recipe", recipe, "--stem", "imagenet"]
-    train.main(flags)
-    edited(lambda saved: saved["settings"].pop("zero_init"))(tmp_path / "last.pt")
-    train.main(flags)
-    assert "finished" in capsys.readouterr().out
-    assert train.load(tmp_path).layer1[0].bn3.weight.all()
-    assert "zero_init: was False, is True" in complaint(capsys, *flags, "--zero-init")
+@pytest.mark.parametrize("written", [None, 0])
+def test_a_checkpoint_of_another_format_is_refused_and_kept(written, whole, tmp_path, capsys):
+    shutil.copytree(whole / "folder", tmp_path, dirs_exist_ok=True)
+    edited(lambda saved: saved.update(format=written))(tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    assert f"has format {written}, and this code reads 1: use" in complaint(
+        capsys, *eight_steps("folder", whole, tmp_path))
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_a_checkpoint_that_appears_before_the_lock_is_resumed(whole, tmp_path, monkeypatch, capsys):
@@ -112,8 +113,8 @@ def test_a_checkpoint_that_appears_before_the_lock_is_resumed(whole, tmp_path, m
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_process_of_torchrun_ends_when_that_is_killed(code, killed, tmp_path):
     inner = ("import os, sys, time; sys.path.insert(0, sys.argv[1]); " + (code or "pass")
-             + "; import train; train.end_with_launcher(); print(os.getpid(), flush=True)"
-             "; time.sleep(600)")
+             + "; import train; train.hardware.end_with_launcher()"
+             "; print(os.getpid(), flush=True); time.sleep(600)")
     outer = ("import subprocess, sys; "
              f"subprocess.run([sys.executable, '-c', {inner!r}, {str(HERE)!r}])")
     launcher = subprocess.Popen([sys.executable, "-c", outer], stdout=subprocess.PIPE, text=True,
@@ -134,10 +135,10 @@ def test_a_launcher_that_died_before_the_call_is_noticed(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *args: 0))
     monkeypatch.setattr(os, "_exit", ended.append)
-    train.end_with_launcher()
+    hardware.end_with_launcher()
     assert not ended
-    monkeypatch.setattr(os, "getppid", lambda: train.PARENT + 1)
-    train.end_with_launcher()
+    monkeypatch.setattr(os, "getppid", lambda: hardware.PARENT + 1)
+    hardware.end_with_launcher()
     assert ended == [1]
 
 
@@ -193,8 +194,8 @@ def test_a_broken_image_costs_nothing_that_was_trained(split, workers, whole, tm
 
 
 def test_a_folder_that_vanishes_is_not_a_full_disk(tmp_path):
-    with pytest.raises(ValueError, match="removed while it was in use"):
-        train.replace_file(tmp_path / "gone" / "last.pt", "text")
+    with pytest.raises(UserError, match="removed while it was in use"):
+        checkpoint.replace_file(tmp_path / "gone" / "last.pt", "text")
 
 
 def test_last_pt_is_replaced_only_by_a_whole_checkpoint_on_the_disk(whole, tmp_path, monkeypatch,
@@ -225,10 +226,9 @@ DAMAGED = [(lambda path: os.truncate(path, path.stat().st_size // 2), ""),
 
 @pytest.mark.parametrize("way, spoil, said", [
     *[(way, *damage) for way in ("evaluate", "resume") for damage in DAMAGED],
-    ("evaluate", edited(lambda saved: saved["settings"].update(model="senet3")), "senet3"),
     ("evaluate", edited(lambda saved: saved.update(settings=[])), "TypeError"),
     ("resume", edited(lambda saved: saved["optimizer"]["param_groups"].pop()), "parameter groups"),
-    ("resume", edited(lambda saved: saved.update(losses=torch.zeros(7))), "size"),
+    ("resume", edited(lambda saved: saved.update(measures=torch.zeros(2, 7))), "size"),
 ])
 def test_a_damaged_hostile_or_foreign_checkpoint_is_refused(way, spoil, said, whole, tmp_path,
                                                             monkeypatch, capsys):
@@ -241,6 +241,13 @@ def test_a_damaged_hostile_or_foreign_checkpoint_is_refused(way, spoil, said, wh
     assert not Path("hostile").exists()
 
 
+def test_a_network_that_is_gone_is_named(whole, tmp_path, capsys):
+    shutil.copy(whole / "folder" / "last.pt", tmp_path)
+    edited(lambda saved: saved["settings"].update(model="amax"))(tmp_path / "last.pt")
+    text = complaint(capsys, "--checkpoint", tmp_path, main=evaluate.main)
+    assert "was trained with the network 'amax', which senetv2.py does not have" in text
+
+
 def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_path):
     left, both, alone = (tmp_path / name for name in ("left", "both", "alone"))
     with start(*eight_steps("folder", whole, left), processes=2) as process:
@@ -248,7 +255,7 @@ def test_two_processes_train_one_network_and_go_on_when_interrupted(whole, tmp_p
     assert printed.count("epoch 2 ") == 1 and "FutureWarning" not in errors, errors
 
     # The second process counted half of the test images with its own weights.
-    found, _ = train.evaluate(train.load(left), load_folder(whole / "images"))
+    found = train.evaluate(train.load(left), load_folder(whole / "images"))
     assert {key: float(rows(left)[-1][key]) for key in found} == pytest.approx(found, rel=1e-6)
 
     flags = eight_steps("folder", whole, both)

@@ -3,7 +3,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +20,7 @@ from senetv2 import build_model
 from test_senetv2 import HERE, SMALL, joined, rows, save_image
 from tests.conftest import (
     STATISTICS, complaint, edited, folder_flags, invent_run, load_folder, rename_class)
-from tools import bench, evaluate, predict, report, table
+from tools import bench, evaluate, look, predict, report, table
 
 
 def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
@@ -91,7 +90,7 @@ def test_prediction_names_the_most_likely_classes(source, statistics, side, whol
 
 
 def test_one_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, tmp_path, capsys,
-                                                                       monkeypatch, recwarn):
+                                                                       recwarn):
     for path in [*folder.glob("*/dog"), *folder.glob("*/owl")]:
         shutil.rmtree(path)
     for split in ("train", "val"):      # a class and a file whose names turn a terminal red
@@ -110,9 +109,8 @@ def test_one_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, t
     assert not recwarn.list
 
     predict.main(["--image", str(image), *place])
-    monkeypatch.setattr(sys, "argv", ["data.py", "--dataset", "folder", "--data-dir", str(folder),
-                                      "--out", str(tmp_path / "sheet.png")])
-    data.main()
+    look.main(["--dataset", "folder", "--data-dir", str(folder), "--out",
+               str(tmp_path / "sheet.png")])
     printed += capsys.readouterr().out
     assert "\033" not in printed and printed.count("\\x1b[31m") == 5
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,17 +16,17 @@ import torchvision
 import data
 import train
 from senetv2 import build_model
-from test_senetv2 import HERE, SMALL, eight_steps, equal, rows
-from tests.conftest import complaint, finished_flags, folder_flags, no_network
+from support import checkpoint, hardware
+from support.console import UserError
+from test_senetv2 import SMALL, eight_steps, equal, rows
+from tests.conftest import complaint, finished_flags, no_network
 
 
 def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, capsys):
     said, (_, last) = finished.with_name("said").read_text(), rows(finished)
     printed = [line.split()[:2] for line in said.splitlines() if line.startswith("epoch ")]
     assert printed == [["epoch", row["epoch"]] for row in rows(finished)]
-    for next_step in ("evaluate", "predict"):
-        line, = re.findall(f".*make {next_step} CHECKPOINT={finished}.*", said)
-        assert (f"PYTHON={sys.executable}" in line) == (sys.prefix != str(HERE / ".venv"))
+    assert said.splitlines()[-1].endswith(f"saved in {finished}")
     rate = 0.5e-4 * (1 + math.cos(math.pi * 10 / 11))   # in step 11 of 0 to 11; one warms up
     assert float(last["lr"]) == pytest.approx(rate)
 
@@ -53,7 +52,7 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     ("--image-size 31", "from 32 to"), (f"--seed {2**63}", str(2**63 - 1)),
 
     # What only the data, the network or the disk can tell.
-    ("--reduction 257", "number of channels, 256"), ("--batch-size 13000", "images, 12000"),
+    ("--reduction 257", "from 1 to 256"), ("--batch-size 13000", "images, 12000"),
     ("--train-images 12001", "12000 training"), ("--dataset imagenet", "--data-dir"),
     ("--checkpoint nowhere.pt", "--checkpoint"), ("--out file/run", "file/run"),
     ("--out file", "file"), ("--model vit --weights file", "holds no weights"),
@@ -88,18 +87,19 @@ def test_a_run_is_named_by_what_defines_its_result(flags, said, name, capsys):
     assert args.out == Path("runs", name)
 
 
-def test_defaults_are_these_as_help_says_and_a_data_set_wins_over_a_recipe(capsys):
+def test_defaults_are_these_as_help_says_and_a_typed_recipe_wins_over_a_data_set(capsys):
     usual = dict(
         dataset="cifar10", model="senetv2", recipe="paper", layers="3,4,6,3", stem="imagenet",
         reduction=32, cardinality=4, residual=False, zero_init=False, weights=None,
         optimizer="adam", lr=0.001, warmup=0.05, weight_decay=0.0, label_smoothing=0.0, epochs=30,
-        batch_size=128, train_images=0, images_per_class=250, image_size=224, augment=True, seed=0)
-    strong = dict(recipe="strong", stem="cifar", optimizer="sgd", lr=0.1, weight_decay=0.0005,
+        batch_size=128, train_images=0, images_per_class=250, image_size=224, augment=True,
+        precision=None, seed=0)
+    strong = dict(recipe="strong", optimizer="sgd", lr=0.1, weight_decay=0.0005,
                   label_smoothing=0.1, epochs=100)
     shapes = dict(dataset="shapes", layers="1,1,1,1", epochs=3, batch_size=64)
     for words, expected in (
             ("--dataset cifar10", usual), ("--dataset cifar10 --recipe strong", usual | strong),
-            ("", usual | shapes), ("--recipe strong", usual | strong | shapes),
+            ("", usual | shapes), ("--recipe strong", usual | shapes | strong),
             ("--dataset folder", usual | dict(dataset="folder", images_per_class=0)),
             ("--dataset imagenet", usual | dict(dataset="imagenet"))):
         assert train.parse_args(words.split())[1] == expected
@@ -132,15 +132,16 @@ def watched(out, monkeypatch, *flags):
         patch.setattr(train, "parallel", parallel)
         patch.setattr(train, "set_rate", lambda optimizer, rate, inner=train.set_rate: (
             seen.rates.append(rate), inner(optimizer, rate)))
-        patch.setattr(train, "evaluate", lambda net, data: (dict(top1=0.0), []))
-        patch.setattr(train, "save", lambda run, net, *rest: setattr(seen, "end", net.state_dict()))
+        patch.setattr(train, "evaluate", lambda net, data: dict(top1=0.0))
+        patch.setattr(checkpoint, "save", lambda state: setattr(
+            seen, "end", state.network.state_dict()))
         train.main([*map(str, flags), "--out", str(out)])
     return seen
 
 
 CHANGED = {     # setting -> flags, and what differs by them at once; the weights in the end always
     "dataset": ("--dataset shapes", "start batches"), "model": ("--model senet", "start"),
-    "recipe": ("--recipe strong", "start rates"), "layers": ("--layers 1,1,2,1", "start"),
+    "recipe": ("--recipe strong", "rates"), "layers": ("--layers 1,1,2,1", "start"),
     "stem": ("--stem cifar", "start"), "reduction": ("--reduction 16", "start"),
     "cardinality": ("--cardinality 2", "start"), "residual": ("--residual", ""),
     "zero_init": ("--zero-init", "start"), "weights": ("--weights w.pt", "start"),
@@ -151,7 +152,8 @@ CHANGED = {     # setting -> flags, and what differs by them at once; the weight
     "batch_size": ("--batch-size 2", "batches draws rates"),
     "train_images": ("--train-images 9", "batches"), "augment": ("--no-augment", "batches"),
     "images_per_class": ("--images-per-class 5", "batches"),
-    "image_size": ("--image-size 40", "batches"), "seed": ("--seed 1", "start batches draws"),
+    "image_size": ("--image-size 40", "batches"), "precision": ("--precision bfloat16", ""),
+    "seed": ("--seed 1", "start batches draws"),
 }
 USUAL = {}      # the run without any of them
 
@@ -216,62 +218,66 @@ def test_compile_and_workers_arrive_and_vit_is_told_the_image_size(whole, tmp_pa
         assert (net.image_size, net.patch_size, net.encoder.layers[0].num_heads) == (size, 4, 6)
 
 
-def test_checkpoints_come_by_the_clock(monkeypatch):
-    saved, run, now = [], SimpleNamespace(history=[], settings=dict(epochs=2)), 0
-    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: now))
-    monkeypatch.setattr(train, "check_finite", lambda *args: None)
-    monkeypatch.setattr(train, "save", lambda *args: saved.append(now))
-    saver = train.Saver(run, None, None, SimpleNamespace(checkpoint_minutes=2, out=None))
+def test_checkpoints_come_by_the_clock_and_at_the_end(monkeypatch):
+    saved, now = [], 0
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpoint, "check_finite", lambda state: None)
+    monkeypatch.setattr(checkpoint, "replace_file", lambda path, content: saved.append(now))
+    state = SimpleNamespace(finished=False, saved_at=0, folder=Path(), state_dict=dict)
     for now in range(0, 400, 10):
-        saver.if_due(epoch_ended=now in (140, 160))
-    assert saved == [130, 160, 290]     # after two minutes, or a sixth of that as an epoch ends
+        state.finished = now == 390
+        checkpoint.save_if_due(state, 2)
+    assert saved == [130, 260, 390]
 
 
 def test_dropout_differs_by_seed_process_and_step(monkeypatch):
     drawn = set()
     for seed, rank, step in itertools.product((0, 1), repeat=3):
-        monkeypatch.setattr(train, "RANK", rank)
+        monkeypatch.setenv("RANK", str(rank))
         train.seed_step(seed, step)
         drawn.add(torch.rand(()).item())
     assert len(drawn) == 8
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(train.OPTIONS, "device", ("cuda", ("cpu", "cuda"), "where"))
-    monkeypatch.setattr(train, "LOCAL_WORLD", 3)
+    monkeypatch.setitem(train.OPTIONS, "device", ("cuda", str, "where"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     text = complaint(capsys, "--out", tmp_path)
     assert "more processes than GPUs; start fewer, or pass --device cpu" in text
 
 
-def test_a_batch_size_that_does_not_divide_is_refused(tmp_path, monkeypatch):
-    args, settings = train.parse_args(["--batch-size", "33", "--out", str(tmp_path / "run")])
-    monkeypatch.setattr(train, "WORLD", 2)
-    monkeypatch.setattr(train.dist, "barrier", lambda: None)
-    with pytest.raises(ValueError, match="33; it must be a multiple of .* processes, 2,"):
+@pytest.mark.parametrize("size, processes", [(33, 2), (1, 1), (2, 2)])
+def test_a_batch_size_that_does_not_divide_into_two_images_or_more_is_refused(
+        size, processes, tmp_path, monkeypatch):
+    args, settings = train.parse_args(["--batch-size", str(size), "--out", str(tmp_path / "run")])
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    with pytest.raises(UserError, match=f"{size}; it must be a multiple of .* processes, "
+                                        f"{processes}, with at least two images for each"):
         train.run_training(args, settings, torch.device("cpu"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_recorded_step_is_replayed_and_the_optimiser_steps_after_each_replay(monkeypatch):
+def test_a_recorded_function_runs_twice_and_is_replayed_from_the_second_call_on(monkeypatch):
     done = []
     graph = SimpleNamespace(replay=lambda: done.append("replay"))
-    optimizer = SimpleNamespace(step=lambda: done.append("step"))
-    scaler = SimpleNamespace(step=lambda optimizer: optimizer.step(),
-                             update=lambda: done.append("update"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: contextlib.nullcontext())
-
-    def function(x):
-        done.append("python")
-        scaler.step(optimizer)
-        scaler.update()
-        return 2 * x
-    recorded, inputs = train.Recorded(function, scaler, optimizer), torch.arange(4.0)
-    results = [recorded(x).item() for x in inputs]
-    replayed = ["replay", "step", "update"]
-    assert done == ["python", "step", "update", "python", *3 * replayed]
+    recorded = hardware.Recording(lambda x: (done.append("python"), 2 * x)[1])
+    results = [recorded(x).item() for x in torch.arange(4.0)]
+    assert done == ["python", "python", "replay", "replay", "replay"]
     assert results == [0, 2, 2, 2] and recorded.buffers == [3]      # nothing computes in this graph
+
+
+def test_a_step_that_cannot_be_recorded_shows_its_line_and_the_way_out(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: contextlib.nullcontext())
+    recorded = hardware.Recording(lambda x: 1 // x.item())
+    recorded(torch.ones(()))
+    with pytest.raises(ZeroDivisionError):
+        recorded(torch.zeros((), dtype=torch.int64))
+    assert "--no-cuda-graph" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("minutes, steps", [("1", "4"), ("0", "[23]")])    # or within an epoch
@@ -284,20 +290,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(minutes, steps,
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda run, net: run.losses.fill_(math.nan), lambda run, net: net.classifier[1].bias.data.fill_(
-        math.inf), lambda run, net: next(net.buffers()).fill_(math.nan)])
+    lambda state: state.measures.fill_(math.nan),
+    lambda state: state.network.classifier[1].bias.data.fill_(math.inf),
+    lambda state: next(state.network.buffers()).fill_(math.nan)])
 def test_nothing_infinite_is_saved_at_a_broken_image(spoil, whole, tmp_path, monkeypatch, capsys):
-    def fails(run, net, *rest):
-        spoil(run, net)
+    def fails(state, *rest):
+        spoil(state)
         raise data.ImageError("broken")
     monkeypatch.setattr(train, "train", fails)
     assert "no longer finite" in complaint(capsys, *eight_steps("shapes", whole, tmp_path))
     assert not (tmp_path / "last.pt").exists()
-
-
-def test_a_batch_of_one_is_refused_only_where_it_cannot_be_normalised(folder, tmp_path, capsys):
-    flags = [*folder_flags(folder, tmp_path / "run"), "--batch-size", "1", "--train-images", "2"]
-    assert "too few for batch norm" in complaint(capsys, *flags)
-    assert "reduction" in complaint(capsys, *flags, "--reduction", "9999")
-    train.main([*flags, "--image-size", "64"])
-    assert "top-1 " in capsys.readouterr().out

@@ -88,7 +88,7 @@ def look(net, data):
     for hook in hooks:
         hook.remove()
     chances, predicted = (torch.cat(part) for part in zip(*answers))
-    counts = torch.bincount(labels.cpu(), minlength=len(data.classes)).double()[:, None]
+    counts = on_host(torch.bincount(labels, minlength=len(data.classes)))[:, None]
     return results, chances, predicted, [on_host(sums[gate]) / counts for gate in last
                                          if gate in sums]
 
