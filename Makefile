@@ -10,29 +10,32 @@ flags = $(foreach name,$(call given,$(1)), --$(shell echo $(name) | tr A-Z_ a-z-
 
 DATA = DATASET DATA_DIR IMAGE_SIZE
 SETTINGS = $(DATA) MODEL RECIPE LAYERS STEM REDUCTION CARDINALITY WEIGHTS EPOCHS BATCH_SIZE LR $\
-  TRAIN_IMAGES IMAGES_PER_CLASS SEED DEVICE PRECISION OUT
+  TRAIN_IMAGES IMAGES_PER_CLASS HOLD_OUT SEED NAME DEVICE PRECISION OUT
 ARGUMENTS = $(if $(call typed,ARGS), $(ARGS))
 FLAGS = $(call flags,$(SETTINGS))$(ARGUMENTS)
 
 # A misspelt variable is an error.
-NAMES = $(SETTINGS) ARGS NPROC PYTHON CHECKPOINT IMAGE SEEDS TRAIN
+NAMES = $(SETTINGS) ARGS NPROC PYTHON CHECKPOINT IMAGE MINUS SEEDS TRAIN
 $(foreach name,$(filter-out $(NAMES),$(.VARIABLES)),$(if $(call typed,$(name)),$\
   $(error unknown variable $(name); `make` lists the valid ones)))
 
-# So is one that no target given has a use for.
-RUNS = $(SETTINGS) ARGS NPROC SEEDS TRAIN
-USES_train = $(SETTINGS) ARGS NPROC
+# So is one that no target given has a use for, or that it sets itself.
+RUNS = $(filter-out SEED OUT MODEL,$(SETTINGS)) ARGS NPROC SEEDS TRAIN
+USES_paper = $(filter-out REDUCTION,$(RUNS))
+USES_train = $(if $(call typed,SEEDS),$(filter-out SEED OUT,$(SETTINGS)),$(SETTINGS)) ARGS NPROC SEEDS
 USES_evaluate = $(SETTINGS) ARGS CHECKPOINT
 USES_predict = $(SETTINGS) ARGS CHECKPOINT IMAGE
 USES_look = $(DATA) OUT
 USES_table = STEM IMAGE_SIZE ARGS
 USES_bench = $(DATA) LAYERS STEM BATCH_SIZE PRECISION ARGS
 USES_test = ARGS
+USES_report = MINUS
 USES_faults = ARGS
 USED = PYTHON $(foreach goal,$(MAKECMDGOALS),$(USES_$(goal)) $\
-  $(if $(filter paper experiment%,$(goal)),$(RUNS)))
+  $(if $(filter experiment1 experiment2 experiment3,$(goal)),$(USES_paper)) $\
+  $(if $(filter experiment4 experiment5 experiment6,$(goal)),$(RUNS)))
 $(if $(MAKECMDGOALS),$(foreach name,$(filter-out $(USED),$(NAMES)),$(if $(call typed,$(name)),$\
-  $(error `make $(MAKECMDGOALS)` has no use for $(name)))))
+  $(error `make $(MAKECMDGOALS)` has no use for $(name), or sets it itself))))
 $(if $(call typed,NPROC),$(if $(shell test '$(NPROC)' -ge 1 2>/dev/null && echo yes),,$\
   $(error NPROC is '$(NPROC)'; give a number of processes, 1 or more)))
 
@@ -79,8 +82,9 @@ help:  ## this list
 	@echo "PYTHON=python3 uses an interpreter that has the packages of requirements.txt."
 
 train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|folder MODEL=... ...
-	$(TRAIN)$(FLAGS)
-	@echo "next: make evaluate, or make predict IMAGE=file, with the same variables"
+	$(if $(call typed,SEEDS),@set -e; for seed in $(SEEDS); do $\
+	  $(TRAIN)$(FLAGS) --seed $$seed; done,$(TRAIN)$(FLAGS))
+	@echo "next: make evaluate, or make predict IMAGE=file, with the same variables; of several runs: make report"
 
 evaluate: $(READY)  ## accuracy, and a page to look at: CHECKPOINT=... or the variables of train
 	$(PYTHON) -m tools.evaluate$(call flags,CHECKPOINT)$(FLAGS)
@@ -110,8 +114,8 @@ pictures: $(READY)  ## redraw the README's pictures of shapes and gates
 	$(PYTHON) -m tools.look --out assets/shapes.png
 	cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png
 
-report: $(READY)  ## tables of all runs in runs/ and results/
-	@$(PYTHON) -m tools.report runs results
+report: $(READY)  ## tables of all runs in runs/ and results/: MINUS='a row to subtract'
+	@$(PYTHON) -m tools.report runs results$(call flags,MINUS)
 
 results: $(READY)  ## write results/README.md from results/about.md and the raw files
 	{ cat results/about.md && $(PYTHON) -m tools.report results; } > results/README.tmp

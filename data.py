@@ -9,10 +9,10 @@ Shapes and CIFAR are small.  They are held whole, as uint8, on the device that t
 batches are gathered, cropped, flipped and normalised there.  The images of a folder are decoded by
 worker processes.
 
-One promise makes an interrupted run equal to one that was not, and gives several processes the
-images of one: the batch of a step is a pure function of (seed, epoch, step).  So all randomness is
-drawn on the CPU, from seeds made of (seed, epoch): the order of the images, and the crop and the
-flip of each.  Every process takes its share of the batch.
+The batch of a step is a pure function of (seed, epoch, step).  So a run that was interrupted can
+repeat its batches exactly, and several processes can share the batches of one.  For this, all
+randomness is drawn on the CPU, from seeds made of (seed, epoch): the order of the images, and the
+crop and the flip of each.  Every process takes its share of the batch.
 
 Why shuffle?  A step follows the gradient of its batch, so a batch should look like the whole set.
 If images came class by class, the network would learn each class and forget the one before.
@@ -32,17 +32,16 @@ import hashlib
 import os
 import signal
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
 from torchvision.transforms import v2
 
-from support.console import UserError, explained, printable, say
-from support.images import ImageError, first_of_each_class, list_images, read_image, size_of
+from support.console import UserError, printable, say
+from support.images import (
+    ImageError, first_of_each_class, list_images, read_cifar, read_image, size_of)
 from support.shapes import SHAPES, draw_shapes
 
 FOLDERS = ("imagenet", "folder")
@@ -73,7 +72,7 @@ class Normalise:
                                for values in STATISTICS[dataset])
 
     def __call__(self, images):
-        return images.float().sub_(self.mean).div_(self.std)
+        return images.float().sub(self.mean).div_(self.std)
 
 
 # --------------------------------------------------------------------------- Which image comes when
@@ -86,11 +85,14 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def subset(size, count, seed):
-    """The indices of the first `count` images of a seeded shuffle, sorted; all of them for 0."""
-    if count > size:
-        raise UserError(f"--train-images is {count}, but there are {size} training images")
-    return np.sort(np.random.default_rng([seed]).permutation(size)[:count or size])
+def split(size, count, held_out, seed):
+    """The indices of the first `count` and of the last `held_out` images of a seeded shuffle, each
+    sorted.  If count is 0, all that are not held out come first."""
+    if count + held_out > size - (count == 0):
+        raise UserError(f"--train-images {count} and --hold-out {held_out} are more than the "
+                        f"{size} training images")
+    order = np.random.default_rng([seed]).permutation(size)
+    return np.sort(order[:count or size - held_out]), np.sort(order[size - held_out:])
 
 
 # ---------------------------------------------------------------------------- The two kinds of sets
@@ -111,7 +113,6 @@ class Images:
     labels, (B,).
     """
 
-    left_out = {}       # in folders: ending -> the number of files with it that are no images
     files = None        # in folders: a digest of all files, including unused ones
 
     def __init__(self, dataset, classes, labels, train_size, content, *,
@@ -147,7 +148,7 @@ class Images:
             yield self.normalise(images), labels
 
     def view(self, index, epoch=None):
-        """Images `index`, uint8 (n, 3, H, W): as augmented in `epoch`, or as they are."""
+        """Images `index`, uint8 (n, 3, H, W): as they are or, training images, as augmented."""
         return next(iter(self.gather(epoch, [np.asarray(index)])))[0]
 
 
@@ -176,7 +177,8 @@ class InMemory(Images):
 
     def gather(self, epoch, batches):
         draws = torch.from_numpy(self._draws(epoch)).to(self.device)
-        numbers = torch.from_numpy(np.concatenate([[], *batches]).astype(int)).to(self.device)
+        numbers = np.concatenate([np.empty(0, int), *batches])      # one transfer for all batches
+        numbers = torch.from_numpy(numbers).to(self.device)
         size = self.padded.shape[1] - 2 * PAD
         place = torch.arange(size, device=self.device)
         for index in numbers.split([len(batch) for batch in batches]):
@@ -198,26 +200,7 @@ class InMemory(Images):
         return rng.integers(0, [[2], [2 * PAD + 1], [2 * PAD + 1]], (3, self.train_size))
 
 
-# -------------------------------------------------------------------------------------------- CIFAR
-
-
-def read_cifar(dataset, root):
-    """CIFAR-10 or -100 from its original files: ((images, labels), (images, labels), classes).
-
-    Raises UserError where the files are missing or damaged and cannot be downloaded.
-    """
-    source = getattr(datasets, dataset.upper())
-    if not Path(root, source.base_folder).exists():
-        say(f"downloading {dataset}, 170 MB, to {root}")
-    place = Path(root, source.base_folder)
-    with explained(f"{dataset} is missing or damaged in {place} and cannot be downloaded",
-                   "put its original files there, or pass --dataset shapes, which needs none"):
-        train = source(root, train=True, download=True)     # only what is not there yet
-        test = source(root, train=False)
-
-    splits = [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(),
-               torch.tensor(split.targets)) for split in (train, test)]
-    return *splits, train.classes
+# ------------------------------------------------------------------------------------------ Folders
 
 
 def centre(size):
@@ -268,7 +251,8 @@ class ImageFiles(Dataset):
 class Folder(Images):
     """A data set of image files, decoded by worker processes: `size` pixels per side."""
 
-    def __init__(self, root, size, images_per_class, train_images, workers, *, seed, **options):
+    def __init__(self, root, size, images_per_class, train_images, hold_out, workers, *, seed,
+                 **options):
         left_out = Counter()
         classes, paths, labels = list_images(root, "train", left_out)
         test_classes, test_paths, test_labels = list_images(root, "val", left_out)
@@ -284,14 +268,17 @@ class Folder(Images):
         if images_per_class:
             kept = first_of_each_class(paths, labels, images_per_class, seed)
             paths, labels = paths[kept], labels[kept]
-        kept = subset(len(labels), train_images, seed)
+        kept, held_out = split(len(labels), train_images, hold_out, seed)
+        if hold_out:
+            test_paths, test_labels = paths[held_out], labels[held_out]
         paths, labels = paths[kept], labels[kept]
 
         paths = np.concatenate([paths, test_paths])
         both, content = np.concatenate([labels, test_labels]), [lines[path] for path in paths]
         super().__init__("folder", classes, torch.from_numpy(both), len(labels), content,
                          seed=seed, **options)
-        self.left_out = dict(left_out)
+        if left_out:
+            say(f"files left out, by ending: {dict(left_out)}")
 
         # One loader for both splits, so that its workers start once per run.  The list of keys is
         # filled anew for each pass.
@@ -320,7 +307,8 @@ def ignore_ctrl_c(worker):
 
 
 def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, augment=True,
-              train_images=0, images_per_class=0, image_size=224, workers=0, rank=0, world=1):
+              train_images=0, hold_out=0, images_per_class=0, image_size=224, workers=0, rank=0,
+              world=1):
     """A data set ready to train on: an InMemory or a Folder.
 
     root                where CIFAR's files lie (or go), or the folder that holds train/ and val/.
@@ -328,6 +316,7 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
     seed                of order, augmentation and subsets; `shapes` itself is always the same.
     augment             whether training images are cropped and flipped at random.
     train_images        keep this many training images of a seeded shuffle; 0 keeps all.
+    hold_out            so many others come in place of the test images: choose settings by these.
     images_per_class    in folders: keep this many training images of each class; 0 keeps all.
     image_size          in folders: pixels per side.
     workers             in folders: processes that decode.
@@ -339,11 +328,13 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
     common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank,
                   world=world)
     if dataset in FOLDERS:
-        return Folder(root, image_size, images_per_class, train_images, workers, **common)
+        return Folder(root, image_size, images_per_class, train_images, hold_out, workers, **common)
 
     if dataset == "shapes":
         train, test, classes = draw_shapes(12000, seed=1), draw_shapes(1000, seed=2), list(SHAPES)
     else:
         train, test, classes = read_cifar(dataset, root)
-    index = subset(len(train[1]), train_images, seed)
+    index, held_out = split(len(train[1]), train_images, hold_out, seed)
+    if hold_out:
+        test = train[0][held_out], train[1][held_out]
     return InMemory(dataset, (train[0][index], train[1][index]), test, classes, **common)

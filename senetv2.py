@@ -25,6 +25,8 @@ dense layers have biases and C/r is rounded down.
 
     python -m tools.table                 parameters and multiply-adds beside the paper's
 """
+import inspect
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -38,7 +40,7 @@ class SqueezeExcitation(nn.Module):
     """The gate of SENet (arXiv 1709.01507, equations 2 to 4): (B, C, H, W) -> (B, C, H, W).
 
     channels      C of the input.
-    reduction     r: the hidden layer has channels // reduction units.
+    reduction     r: the hidden layer has channels // reduction units; few, to be cheap.
     residual      return x + x * s, as the released SENetV2 code does, instead of x * s.
     cardinality   K: the number of such hidden layers side by side; 1 is SENet.
 
@@ -88,9 +90,9 @@ class AggregatedSqueezeExcitation(SqueezeExcitation):
 # -------------------------------------------------------------------------------------- The network
 
 # To try a gate of your own, add it here: a module (B, C, H, W) -> (B, C, H, W).  Its constructor
-# gets the number of channels and, by name, reduction, cardinality and residual.  If its forward
-# counts calls, branches on values or uses random numbers of Python, pass --no-cuda-graph: on a GPU,
-# a recording of its operations is replayed, without Python.
+# gets the number of channels, and those of reduction, cardinality and residual that it names.  If
+# its forward counts calls, branches on values or uses random numbers of Python, pass
+# --no-cuda-graph: on a GPU, a recording of its operations is replayed, without Python.
 GATES = {"senet": SqueezeExcitation, "senetv2": AggregatedSqueezeExcitation}
 OURS = ("resnet", *GATES)
 PEERS = ("mobilenet_v2", "efficientnet_b0", "resnext50_32x4d", "convnext_tiny", "vit")
@@ -114,8 +116,9 @@ class GatedBottleneck(Bottleneck):
         out = self.relu(self.bn1(self.conv1(x)))                # 1x1 -> (B, planes, H, W)
         out = self.relu(self.bn2(self.conv2(out)))              # 3x3 -> (B, planes, H', W')
         out = self.bn3(self.conv3(out))                         # 1x1 -> (B, 4*planes, H', W')
-        out = self.gate(out)                                    # out * s
-        return self.relu(out + shortcut)
+        gated = self.gate(out)                                  # out * s, of the same shape
+        torch._assert(gated.shape == out.shape, "a gate returned another shape than it was given")
+        return self.relu(gated + shortcut)
 
 
 def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", reduction=32,
@@ -169,13 +172,19 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
 
-    settings = dict(reduction=reduction, residual=residual)
-    if name != "senet":                                         # senet has one hidden layer
-        settings["cardinality"] = cardinality
+    given = dict(reduction=reduction, cardinality=cardinality, residual=residual)
     for module in model.modules():
         if isinstance(module, GatedBottleneck):
+            settings = {key: given[key] for key in gate_settings(name)}
             module.gate = GATES[name](module.conv3.out_channels, **settings)
     return model
+
+
+def gate_settings(name):
+    """Which of reduction, cardinality and residual the gate of network `name` has."""
+    known = {"reduction", "residual"} if name == "senet" else {  # senet has one hidden layer
+        "reduction", "cardinality", "residual"}
+    return known & inspect.signature(GATES[name]).parameters.keys() if name in GATES else set()
 
 
 # ------------------------------------------------------------------------ Networks to compare with

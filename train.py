@@ -16,22 +16,18 @@ does this itself, and returns the mean of -log p over the batch, for the right c
 applies the chain rule from the loss back to the first layer, and adds dL/dw to w.grad.
 
     python train.py                                             shapes: minutes on a laptop
-    python train.py --dataset cifar100                          SENetV2-50, as in the paper
+    python train.py --dataset cifar100                          SENetV2 with ResNet-50's depth
     torchrun --nproc-per-node 8 train.py --dataset cifar100     the same images per step, on 8 GPUs
 
-A run is a folder, named by what defines its result: config.json holds its settings, and the
+A run is a folder, named by its settings: config.json holds these, the code's digests, and the
 machine and the versions of its last start; metrics.csv one row per epoch; last.pt all that is
-needed to resume.
-
-There is one way to stop a run: end its process, by Ctrl-C, by a kill, by a power cut.  There is one
-way to start it: give the command, which resumes from last.pt if there is one.  The steps since then
-are repeated, and on a CPU the run ends bit for bit like one that was never stopped: the batch of a
-step depends on (seed, epoch, step) alone, and the random numbers in the network on (seed, process,
-step since the start).
+needed to resume.  To stop a run, end its process, however you like.  To go on, give the same
+command.  The steps since last.pt was written are repeated, and on a CPU the run ends bit for bit
+like one that was never stopped: the batch of a step depends on (seed, epoch, step) alone, and the
+random numbers in the network on (seed, process, step since the start).
 """
-from support import hardware    # isort: skip  (first: it asks who started us before torch loads)
+from support import hardware    # isort: skip  (first, because it must run before torch is imported)
 
-import functools
 import math
 import os
 
@@ -39,11 +35,11 @@ import torch
 import torch.nn.functional as F
 
 from data import DATASETS, FOLDERS, ImageError, Preprocess, load_data, mix
-from senetv2 import GATES, OURS, PEERS, STEMS, build_model, patch_size
-from support import flags
+from senetv2 import GATES, OURS, PEERS, STEMS, build_model, gate_settings, patch_size
+from support import flags, source
 from support.checkpoint import (
-    State, check_finite, lock, read_checkpoint, save, save_if_due, usable, write_config,
-    write_metrics)
+    State, check_finite, find_checkpoint, lock, read_checkpoint, result_of, save, save_if_due,
+    test_images, usable, write_config, write_metrics)
 from support.console import Progress, UserError, errors_in_one_line, rank, say, world
 from support.flags import four_stages, number, one_of
 from support.hardware import (
@@ -60,28 +56,28 @@ def forward_backward(model, state, autocast, images, labels):
     A network that knows nothing gives all classes the same probability, 1/classes.  So the first
     loss should be near ln(classes): 2.3 for ten.  A much larger one hints at an error.
     """
-    with autocast:                              # on GPUs, products of 16-bit floats
+    with autocast:              # multiplies in 16 bits, if the run's precision says so
         logits = model(images)                                                  # (B, classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=state.settings["label_smoothing"])
-    state.optimizer.zero_grad()     # else each step would follow the sum of all gradients so far
-    state.scaler.scale(loss).backward()         # in float16, small gradients would become 0
+    state.optimizer.zero_grad()             # backward adds to w.grad: forget the last step's
+    state.scaler.scale(loss).backward()     # scale: in float16 alone, lest small gradients become 0
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
 
 
-def train(state, gradients, data, progress, save_minutes):
-    """Train from step `state.step` on, by `gradients(images, labels)`, which is forward_backward.
+def train(state, model, autocast, compute, data, save_minutes):
+    """Train from step `state.step` on.  (last.pt holds `state`: network, optimiser, scaler, ...)
 
-    The network, the optimiser and the scaler are parts of `state`, which last.pt holds.
+    model       the network; of several processes, backward() also averages their gradients
+    compute     forward_backward, or on a GPU its recording
     """
     settings, optimizer, scaler = state.settings, state.optimizer, state.scaler
     total = settings["epochs"] * data.steps
+    progress = Progress(state.step, total)
 
     for epoch in range(len(state.history), settings["epochs"]):
         # In training mode, batch norm uses the mean and deviation of each batch, and dropout drops.
         # In evaluation mode, the norm uses averages over many batches, and nothing is dropped: the
-        # answer for an image does not depend on the others.  (Take this line out: after the first
-        # evaluation, training goes on in evaluation mode.  Watch the test loss; on a GPU, with
-        # --no-cuda-graph.)
+        # answer for an image does not depend on the others.
         state.network.train()
         first = state.step - epoch * data.steps     # above 0 only when resuming within an epoch
         batches = progress.watch(data.train_batches(epoch, first), data.batch_size)
@@ -90,11 +86,11 @@ def train(state, gradients, data, progress, save_minutes):
             seed_step(settings["seed"], state.step)
             set_rate(optimizer, learning_rate(
                 state.step, total, settings["warmup"], settings["lr"]))
-            measured = gradients(images, labels)        # w.grad of all weights
+            measured = compute(model, state, autocast, images, labels)      # and dL/dw, in w.grad
 
-            # Undo the scale of float16.  From here on, w.grad is dL/dw: print or clip it here.
-            scaler.unscale_(optimizer)
-            scaler.step(optimizer)              # move the weights, unless a gradient overflowed
+            scaler.unscale_(optimizer)      # the scaler acts in float16 alone
+            # Here w.grad is dL/dw, in every number format: print it or clip it here.
+            scaler.step(optimizer)          # move the weights, unless a gradient overflowed
             scaler.update()
 
             # This stays on the device: reading a number from a GPU means waiting for it.
@@ -129,7 +125,7 @@ def learning_rate(step, total, warmup, peak):
     gradients to know their size.  Down, because each batch gives a noisy gradient: with small steps
     the noise averages out, and the weights settle.  (Try --warmup 0, or always return `peak`.)
 
-    Two steps have the peak rate: the last of the rise and the first after it.  No step has rate 0.
+    Two steps have the peak rate: the last of the rise and the first after it.
     """
     rise = max(1, round(warmup * total))
     if step < rise:
@@ -146,9 +142,10 @@ def make_optimizer(net, settings):
     """Adam, or SGD with Nesterov momentum.
 
     Weight decay adds decay * w to each gradient, a pull towards 0: of two networks that fit the
-    data alike, we prefer the one with smaller weights.  Norms and biases do not decay: they only
-    scale and shift, and there are too few of them to memorise images.  Adam divides this pull
-    by the gradient's size, like the rest.  AdamW (arXiv 1711.05101) would not; we do not use it.
+    data alike, we prefer the one with smaller weights.  (A batch norm undoes the size of the
+    weights before it; there, the pull keeps steps large, compared with the weights.)  Norms and
+    biases do not decay: they only scale and shift.  Adam divides this pull by the gradient's size,
+    like the rest.  AdamW (arXiv 1711.05101) would not; we do not use it.
     """
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1],
                    weight_decay=settings["weight_decay"]),
@@ -173,15 +170,15 @@ def evaluate(net, data):
 
     A run's result is that of its last epoch.  Reporting the best epoch would mean choosing by the
     test images: part of its lead is luck, which it would not have on new images.  The same holds
-    for settings.  If you try many, choose by images that you hold back from training.
+    for settings.  If you try many, choose by training images that you hold out: --hold-out.
     """
     net.eval()
-    share_buffers(net)
+    share_buffers(net)          # processes have running means of their own; all use the first's
     correct = in_five = loss_sum = count = 0
     for images, labels in data.test_batches():      # a share of each batch, which may be empty
-        # Without autocast, because in 16 bits large logits may be equal; then in float64.
+        # Not in 16 bits, where two large logits may be equal.  on_host: float64, for exact sums.
         logits, labels = on_host(net(images)), labels.cpu()
-        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]          # (B, 5)
+        hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5), or fewer
         correct += hits[:, 0].sum().item()
         in_five += hits.sum().item()
         loss_sum += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -233,11 +230,14 @@ SETTINGS = {        # what defines a result: default, how it is read, meaning
     "augment": (True, bool, "crop and flip at random"),
     "precision": (None, one_of(("float32", "bfloat16", "float16")),
                   "number format of products in training; by default by hardware"),
+    "hold_out": (0, number(int, 0), "put so many training images in place of the test images"),
     "seed": (0, number(int, 0, 2**63 - 1), "random seed of weights, order and augmentation"),
+    "name": ("", flags.name, "of what you try; it ends the run's name"),
 }
 USED_BY = {         # settings that only some networks or data sets have
-    "layers": OURS, "stem": OURS, "zero_init": OURS, "reduction": GATES, "residual": GATES,
-    "cardinality": GATES.keys() - {"senet"}, "images_per_class": FOLDERS, "image_size": FOLDERS,
+    "layers": OURS, "stem": OURS, "zero_init": OURS, "images_per_class": FOLDERS,
+    "image_size": FOLDERS, **{key: [gate for gate in GATES if key in gate_settings(gate)]
+                              for key in ("reduction", "cardinality", "residual")},
 }
 
 OPTIONS = {         # what is not meant to change a result, beyond rounding
@@ -250,6 +250,7 @@ OPTIONS = {         # what is not meant to change a result, beyond rounding
     "compile": (False, bool, "use torch.compile; on CPUs, it brought nothing"),
     "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
     "checkpoint_minutes": (1.0, number(float, 0), "minutes between saves"),
+    "any_code": (False, bool, "go on with a run even if the code has changed since"),
 }
 
 
@@ -262,7 +263,8 @@ def defaults(recipe, dataset):
 
 def used(key, settings):
     """Whether the network or the data set of these settings has the setting `key`."""
-    return key not in USED_BY or bool({settings["model"], settings["dataset"]} & {*USED_BY[key]})
+    users = USED_BY.get(key)
+    return users is None or settings["model"] in users or settings["dataset"] in users
 
 
 def parse_args(argv=None, options={}, program="train.py", description="Train SENetV2 and networks "
@@ -274,9 +276,15 @@ def parse_args(argv=None, options={}, program="train.py", description="Train SEN
 
 # ----------------------------------------------------------------------------------- Starting a run
 
+# torchvision's name of the network whose weights fit; for all others it is resnet50
+TRUNKS = {name: name for name in PEERS} | {"vit": None}
+
 
 def run_training(args, settings, device):
     """Train, or resume, or print the result of a run that is finished."""
+    code = source.digests()             # now: a file may be edited while its old code trains
+    hardware.say_if_busy(device)
+    try_gates(settings)
     data = open_data(args, settings, device)
     share, rest = divmod(settings["batch_size"], world())
     if rest or share < 2 or not data.steps:
@@ -285,34 +293,34 @@ def run_training(args, settings, device):
                         f"(batch norm), and at most that of training images, {data.train_size}")
 
     torch.manual_seed(settings["seed"])
-    net = build_network(settings, data.classes).to(device, memory_format=torch.channels_last)
+    net = build_network(settings, data.classes)
+    net = net.to(device, memory_format=torch.channels_last)     # faster convolutions
     optimizer = make_optimizer(net, settings)
 
     with lock(args.out):
-        saved = from_first_process(lambda: read_checkpoint(args.out) if (
-            args.out / "last.pt").exists() else None)
+        saved = from_first_process(find_checkpoint, args.out)
         if settings["precision"] is None:           # a run keeps what it began with
-            settings["precision"] = (saved["settings"]["precision"] if saved else
-                                     hardware.choose_precision(device))
+            began = saved["settings"] if saved else {}
+            settings["precision"] = began.get("precision") or hardware.choose_precision(device)
         autocast, scaler = number_format(device, settings["precision"])
-        state = State(args.out, settings, data.classes, data.identity, net, optimizer, scaler,
+        state = State(args.out, settings, data.classes, data.identity, code, net, optimizer, scaler,
                       measures=torch.zeros(2, data.steps, device=device))
         if saved:
-            state.resume(saved)
+            state.resume(saved, args.any_code)
         elif settings["weights"] and rank() == 0:   # parallel() copies them to the others
-            say(load_weights(net, settings["weights"], trunk_of(settings["model"])))
+            say(load_weights(net, settings["weights"], TRUNKS.get(settings["model"], "resnet50")))
             if settings["zero_init"]:
                 say("zero_init: batch norms that are among the weights start from these, not at 0")
 
-        if not state.finished:
-            start_training(state, data, args, autocast)
-        else:
+        if state.finished:
             say(f"already finished, nothing trained; to train anew, delete {args.out}, or pass "
                 "--out")
-            if os.access(args.out, os.W_OK):        # rewrite what was lost
-                write_metrics(state)
-                write_config(state)
-    say(f"done: top-1 {state.history[-1]['top1']:.2f}% on the test images; saved in {args.out}")
+        else:
+            start_training(state, data, args, autocast)
+        if os.access(args.out, os.W_OK):            # what is lost is made again
+            write_metrics(state)
+            write_config(state)
+    say(f"done: {result_of(state.settings, state.history)}; saved in {args.out}")
 
 
 def start_training(state, data, args, autocast):
@@ -323,25 +331,24 @@ def start_training(state, data, args, autocast):
     write_metrics(state)                # first: no rows of one run beside settings of another
     write_config(state)
     say(f"{settings['model']} on {settings['dataset']}: {data.train_size:,} training and "
-        f"{data.test_size:,} test images")
+        f"{data.test_size:,} {test_images(settings)} of {len(data.classes)} classes")
     say(" ".join(f"{key}={value}" for key, value in (settings | state.machine).items()
-                 if used(key, settings) and value is not None))
+                 if used(key, settings) and value not in (None, "")))
     left_out = f"; each epoch leaves out {rest} images, not always the same" if rest else ""
     say(f"{data.steps} steps per epoch, {data.batch_size // world()} images per step and process"
         + left_out)
     if state.step:
         say(f"resuming after step {state.step}")
-    if data.left_out:
-        say(f"files left out, by ending: {data.left_out}")
 
-    gradients = functools.partial(forward_backward, parallel(net, args.compile), state, autocast)
     # On a GPU, the kernels of the second step are recorded, and from then on replayed without
-    # Python.  To print from forward_backward, or to debug it, pass --no-cuda-graph.
-    if args.cuda_graph and data.device.type == "cuda" and world() == 1 and not args.compile:
-        gradients = Recording(gradients)
-    progress = Progress(state.step, settings["epochs"] * data.steps)
+    # Python: six times as fast on small images.  To print from forward_backward, or to debug it,
+    # pass --no-cuda-graph.
+    record = (args.cuda_graph and data.device.type == "cuda" and world() == 1
+              and not args.compile)
     try:
-        train(state, gradients, data, progress, args.checkpoint_minutes)
+        train(state, parallel(net, args.compile), autocast,
+              Recording(forward_backward) if record else forward_backward, data,
+              args.checkpoint_minutes)
     except ImageError as error:
         check_finite(state)
         save(state)                                         # process 0 alone can
@@ -353,7 +360,7 @@ def start_training(state, data, args, autocast):
 
 def open_data(args, settings, device):
     options = {key: settings[key] for key in ("batch_size", "seed", "augment", "train_images",
-                                              "images_per_class", "image_size")}
+                                              "hold_out", "images_per_class", "image_size")}
     return in_turns(lambda: load_data(
         settings["dataset"], args.data_dir, device=device, rank=rank(), world=world(),
         workers=args.workers, **options))
@@ -370,15 +377,18 @@ def build_network(settings, classes):
         image_size=size, zero_init=settings["zero_init"])
 
 
-def trunk_of(model):
-    """The name of torchvision's network whose weights fit `model`, or None."""
-    return "resnet50" if model in OURS else None if model == "vit" else model
+def try_gates(settings):
+    """A mistake in a gate shows now, with file and line, and not after the data have been read."""
+    for block in build_network(settings, ["one", "other"]).modules():
+        if hasattr(block, "gate"):
+            source.try_module(block.gate, torch.randn(2, block.conv3.out_channels, 8, 8))
 
 
 def load(path):
     """The network of a run's folder or checkpoint: on the CPU, in eval mode.
 
     .classes, .settings    the names of its classes, the settings of its run
+    .history               a dict per epoch
     .preprocess            turns an image, uint8 (3, H, W), into the batch of one that it expects
     """
     saved = read_checkpoint(path)
@@ -386,10 +396,12 @@ def load(path):
     if settings["model"] not in OURS + PEERS:
         raise UserError(f"{path} was trained with the network {settings['model']!r}, which "
                         "senetv2.py does not have")
+    if files := source.changed(saved["code"], source.digests()):
+        say(f"{path} was trained with other code: {files} changed since")
     net = build_network(settings, classes)
     with usable(path):
         net.load_state_dict(saved["model"])
-    net.classes, net.settings = classes, settings
+    net.classes, net.settings, net.history = classes, settings, saved["history"]
     net.preprocess = Preprocess(settings["dataset"], settings["image_size"])
     return net.eval()
 
@@ -397,13 +409,8 @@ def load(path):
 def main(argv=None, action=run_training, **about):
     """Run `action` on the flags of train.py, and on those of a tool; errors become one line."""
     args, settings = parse_args(argv, **about)
-
-    def stopped():
-        again = ("goes on from the last checkpoint" if (args.out / "last.pt").exists()
-                 else "starts from scratch")
-        return f"stopped; the same command {again}" if action is run_training else "stopped"
-
-    with errors_in_one_line(about.get("program", "train.py"), stopped):
+    with errors_in_one_line(about.get("program", "train.py"),
+                            args.out / "last.pt" if action is run_training else None):
         action(args, settings, hardware.start_processes(args.device))
         hardware.stop_processes()
 

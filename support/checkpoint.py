@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from support.console import UserError, explained, rank
+from support.source import changed
 
 FORMAT = 1      # of last.pt; a change that this code cannot read back gets another number
 
@@ -21,6 +22,7 @@ class State:
     settings: dict              # what defines the result, by name
     classes: list               # their names
     images: dict                # what identifies them: a run refuses to resume on others
+    code: dict                  # what identifies it, by file
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of the loss, in float16
@@ -38,7 +40,7 @@ class State:
         """Tensors and plain values, which torch.load reads without running code."""
         return dict(
             format=FORMAT, settings=self.settings, classes=self.classes, images=self.images,
-            model=self.network.state_dict(), optimizer=self.optimizer.state_dict(),
+            code=self.code, model=self.network.state_dict(), optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(), measures=self.measures, step=self.step,
             history=self.history, machine=self.machine)
 
@@ -49,18 +51,34 @@ class State:
         self.measures.copy_(saved["measures"])
         self.step, self.history, self.machine = saved["step"], saved["history"], saved["machine"]
 
-    def resume(self, saved):
+    def resume(self, saved, any_code=False):
         """Go on from what save() wrote.  Raises UserError if it is another run, or does not fit."""
         before, now = ({**settings, "images": "{train:,} + {test:,} images of {classes} classes, "
                         "digest {digest}".format(**images)} for settings, images in (
                             (saved["settings"], saved["images"]), (self.settings, self.images)))
-        changed = [f"{key}: was {before.get(key)}, is {now.get(key)}"
-                   for key in before | now if before.get(key) != now.get(key)]
-        if changed:
+        other = [f"{key}: was {before.get(key)}, is {now.get(key)}"
+                 for key in before | now if before.get(key) != now.get(key)]
+        if other:
             raise UserError(f"{self.folder} holds a run with other settings or data: "
-                            f"{'; '.join(changed)}; pass another --out, or delete that folder")
+                            f"{'; '.join(other)}; pass another --out, or delete that folder")
+        if (files := changed(saved["code"], self.code)) and not any_code:
+            raise UserError(f"{self.folder} holds a run of other code: {files} changed since; give "
+                            "what you try a name, --name MINE, or, if the change cannot matter, "
+                            "go on with --any-code")
         with usable(self.folder / "last.pt"):
             self.load_state_dict(saved)
+        if self.finished:               # no other code will train it
+            self.code = saved["code"]
+
+
+def test_images(settings):
+    return "held-out images" if settings["hold_out"] else "test images"
+
+
+def result_of(settings, history):
+    """The last epoch's result, in words."""
+    return (f"top-1 {history[-1]['top1']:.2f}% on the {test_images(settings)}, after "
+            f"{len(history)} of {settings['epochs']} epochs")
 
 
 # -------------------------------------------------------------------------------------- Write, read
@@ -74,6 +92,8 @@ def save_if_due(state, minutes):
     late = rank() == 0 and time.monotonic() - state.saved_at > 60 * minutes
     if late or state.finished:
         check_finite(state)
+        if state.finished:
+            state.machine["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         save(state)
 
 
@@ -121,7 +141,7 @@ def write_metrics(state):
 
 
 def write_config(state):
-    text = json.dumps(dict(settings=state.settings, **state.machine), indent=1)
+    text = json.dumps(dict(settings=state.settings, **state.machine, code=state.code), indent=1)
     replace_file(state.folder / "config.json", text + "\n")
 
 
@@ -145,6 +165,10 @@ def read_checkpoint(path):
         raise UserError(f"{path} has format {written}, and this code reads {FORMAT}: use the code "
                         "that wrote it, or name the folder of another run")
     return saved
+
+
+def find_checkpoint(folder):
+    return read_checkpoint(folder) if (folder / "last.pt").exists() else None
 
 
 def lock(folder):

@@ -43,23 +43,30 @@ class Progress:
 
     def watch(self, batches, batch_size):
         """Pass on the batches of an epoch, each of `batch_size` images in all processes."""
-        self.images, self.epoch_began = 0, time.monotonic()
+        self.images, self.waited = 0, 0.0
+        self.epoch_began = asked = time.monotonic()
         for batch in batches:
+            self.waited += time.monotonic() - asked
             yield batch
             self.images += batch_size
+            asked = time.monotonic()
 
     def images_per_second(self):
         """In training in this epoch, or None where nothing was left to train."""
-        return self.images / (time.monotonic() - self.epoch_began) if self.images else None
+        self.seconds = time.monotonic() - self.epoch_began
+        return self.images / self.seconds if self.images else None
 
     def show(self, step, loss):
-        """On a terminal, once a second, a line that overwrites itself."""
-        if sys.stdout.isatty() and time.monotonic() - self.shown_at > 1:
+        """On a terminal, once a second, a line that overwrites itself; elsewhere, one a minute."""
+        pause, end = (1, "") if sys.stdout.isatty() else (60, "\n")
+        if time.monotonic() - self.shown_at > pause:
             self.shown_at = time.monotonic()
-            say(f"step {step}/{self.total}  loss {loss:.3f}{self.left(step)}", end="")
+            say(f"step {step}/{self.total}  loss {loss:.3f}{self.left(step)}", end=end)
 
     def show_epoch(self, step, row):
-        say(in_words(row) + self.left(step))
+        waited = self.waited / self.seconds
+        words = f"  waited for images {waited:.0%}" if waited > 0.03 else ""
+        say(in_words(row) + words + self.left(step))
 
     def left(self, step):
         """The time left, at the mean speed so far, evaluations included."""
@@ -93,14 +100,17 @@ def explained(what, advice):
 
 
 @contextlib.contextmanager
-def errors_in_one_line(program, stopped=lambda: "stopped"):
-    """End the program by one line at a UserError, at Ctrl-C (`stopped` says it), and where memory
-    is short; at all else, by a traceback."""
+def errors_in_one_line(program, checkpoint=None):
+    """End the program by one line at a UserError, where memory is short, and at Ctrl-C, which says
+    what a run will do that has this checkpoint; at all else, by a traceback."""
     try:
         yield
         return
     except KeyboardInterrupt:
-        code, message = 130, stopped()
+        code, message = 130, "stopped"
+        if checkpoint:
+            message += "; the same command " + ("goes on from the last checkpoint"
+                                                if checkpoint.exists() else "starts from scratch")
     except (UserError, torch.OutOfMemoryError) as error:
         code, message = 1, f"error: {str(error).strip().splitlines()[0]}"
     except Exception as error:

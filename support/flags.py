@@ -39,6 +39,13 @@ def four_stages(text):
     raise argparse.ArgumentTypeError(f"{text!r} is not four positive numbers, such as 3,4,6,3")
 
 
+def name(text):
+    """What may stand at the end of a folder's name."""
+    if re.fullmatch(r"[\w.+-]{0,60}", text, re.ASCII):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} has more than letters, digits and . _ + -")
+
+
 # ------------------------------------------------------------------------------------- Command line
 
 
@@ -80,8 +87,9 @@ def parse(argv, table, settings, defaults, used, program, description):
 
 
 def run_name(settings, default):
-    """The data set, the network, the recipe, what is not at its default, and the seed."""
+    """The data set, the network, the recipe, what is not at its default, the seed, the name."""
     changed = [re.sub(r"[/\\:]", "_", f"{key}{value}") for key, value in settings.items()
-               if value != default[key] and key not in ("dataset", "model", "recipe", "seed")]
-    return "-".join([settings["dataset"], settings["model"], settings["recipe"], *changed,
-                     f"seed{settings['seed']}"])
+               if value != default[key] and key not in ("model", "seed", "name")]
+    parts = [settings["dataset"], settings["model"], settings["recipe"], *changed,
+             f"seed{settings['seed']}", settings["name"]]
+    return "-".join(filter(None, parts))

@@ -69,9 +69,9 @@ def in_turns(function):
     return result
 
 
-def from_first_process(function):
-    """What function() returns in process 0, in all of them; the machines need not share a disk."""
-    result = [function() if rank() == 0 else None]
+def from_first_process(function, *args):
+    """What function(*args) returns in process 0, in all; the machines need not share a disk."""
+    result = [function(*args) if rank() == 0 else None]
     if world() > 1:
         dist.broadcast_object_list(result)
     return result[0]
@@ -135,6 +135,15 @@ def on_host(tensor):
     return tensor.cpu().double()
 
 
+def say_if_busy(device):
+    """On a busy CPU, threads wait for each other: two of them trained 13 images/s instead of 437,
+    and one of them 180."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if device.type == "cpu" and torch.get_num_threads() > 1 and load > CORES / 2:
+        say(f"other programs keep {load:.1f} of {CORES} cores busy: with OMP_NUM_THREADS=1 before "
+            "the command, this one may be faster (one thread rounds differently from two)")
+
+
 def describe_machine(device):
     """What config.json says of hardware and versions."""
     hardware = (torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
@@ -147,36 +156,39 @@ def describe_machine(device):
 
 
 class Recording:
-    """A function of tensors that is recorded on a GPU, as a CUDA graph, and replayed.
+    """A function whose work on a GPU is recorded, as a CUDA graph, and replayed.
 
     On small images, a GPU finishes an operation before Python can issue the next one.  So the first
     call runs as it is (in it, cuDNN tries its kernels), and the second records what Python
     tells the GPU to do, without doing it.  From then on, a call replays the recording, all at once.
 
     A replay works on the same memory: new inputs are copied into the recorded input tensors, and
-    what the last call returned is overwritten.  Python's numbers and branches are frozen as they
-    were in the recording, and while recording, Python may read no value from the GPU.
+    what the last call returned is overwritten.  All that is no tensor, Python's numbers and
+    branches too, stays as it was in the recording.  While recording, Python may read no value from
+    the GPU.
     """
 
     def __init__(self, function):
         self.function, self.calls = function, 0
 
-    def __call__(self, *inputs):
+    def __call__(self, *args):
         self.calls += 1
         if self.calls == 1:
-            return self.function(*inputs)
+            return self.function(*args)
         if self.calls == 2:
-            self.record(inputs)
-        for buffer, tensor in zip(self.buffers, inputs):
-            buffer.copy_(tensor)
+            self.record(args)
+        for buffer, value in zip(self.args, args):
+            if torch.is_tensor(value):
+                buffer.copy_(value)
         self.graph.replay()
         return self.result
 
-    def record(self, inputs):
-        self.buffers, self.graph = [tensor.clone() for tensor in inputs], torch.cuda.CUDAGraph()
+    def record(self, args):
+        self.args = [value.clone() if torch.is_tensor(value) else value for value in args]
+        self.graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):   # loader threads
-                self.result = self.function(*self.buffers)
+                self.result = self.function(*self.args)
         except Exception:
             say("this step cannot be recorded for the GPU, for the reason below: --no-cuda-graph "
                 "runs it as it is")

@@ -1,14 +1,15 @@
-"""Any image file, and any folder of them."""
+"""Any image file, any folder of them, and CIFAR."""
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image       # torchvision brings it
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from support.console import UserError, printable
-
+from support.console import UserError, explained, printable, say
 
 # EXIF's orientation: 1 is upright, and these ways lead back to it.  (Pillow's own function rewrites
 # the other tags as well, and fails where one of them is invalid.)
@@ -99,3 +100,22 @@ def first_of_each_class(paths, labels, count, seed):
 
     kept = [sorted(np.flatnonzero(labels == label), key=key)[:count] for label in np.unique(labels)]
     return np.sort(np.concatenate(kept))
+
+
+def read_cifar(dataset, root):
+    """CIFAR-10 or -100 from its original files: ((images, labels), (images, labels), classes).
+
+    Raises UserError where the files are missing or damaged and cannot be downloaded.
+    """
+    source = getattr(datasets, dataset.upper())
+    place = Path(root, source.base_folder)
+    if not place.exists():
+        say(f"downloading {dataset}, 170 MB, to {root}")
+    with explained(f"{dataset} is missing or damaged in {place} and cannot be downloaded",
+                   "put its original files there, or pass --dataset shapes, which needs none"):
+        train = source(root, train=True, download=True)     # only what is not there yet
+        test = source(root, train=False)
+
+    splits = [(torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(),
+               torch.tensor(split.targets)) for split in (train, test)]
+    return *splits, train.classes

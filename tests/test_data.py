@@ -41,7 +41,8 @@ def test_processes_share_each_batch_and_some_get_an_empty_one(folder):
 
 
 def test_train_images_takes_the_first_of_a_seeded_shuffle():
-    assert data.subset(3, 3, seed=4).tolist() == data.subset(3, 0, seed=4).tolist() == [0, 1, 2]
+    for count in (3, 0):
+        assert [*map(list, data.split(3, count, 0, seed=4))] == [[0, 1, 2], []]
     images, _ = data.draw_shapes(12000, seed=1)
     kept = np.random.default_rng([5]).permutation(12000)[:40]
     source = data.load_data("shapes", train_images=40, seed=5)
@@ -194,3 +195,37 @@ def test_cifar_is_read_in_its_original_format_or_refused_with_the_way_out(
     # never augmented, in order, and normalised as torchvision does
     oracle = v2.functional.normalize(pixels[test].float() / 255, *STATISTICS[dataset])
     torch.testing.assert_close(joined(ours.test_batches()), (oracle, labels[test]))
+
+
+@pytest.mark.parametrize("kind", ["memory", "folder"])
+@pytest.mark.parametrize("count, per_class", [(0, 0), (7, 0), (0, 6), (5, 6)])
+def test_held_out_images_are_never_trained_on_and_alike_for_one_seed(kind, count, per_class,
+                                                                    folder):
+    def load(**options):
+        if kind == "folder":
+            return load_folder(folder, images_per_class=per_class, **options)
+        return data.load_data("shapes", batch_size=4, **options)
+
+    def images_of(source, numbers):
+        return [image.numpy().tobytes() for image in source.view(numbers)]
+
+    everything, few = load(seed=3), load(seed=3, train_images=count, hold_out=10)
+    trained = images_of(few, np.arange(few.train_size))
+    held_out = images_of(few, np.arange(few.train_size, few.train_size + 10))
+    if kind == "folder":        # shapes are too many to look at each
+        whole = images_of(everything, np.arange(everything.train_size))
+        assert len({*whole}) == everything.train_size == (18 if per_class else 36)
+        assert {*trained} | {*held_out} <= {*whole} and len({*held_out}) == 10
+    assert few.test_size == 10 and not {*trained} & {*held_out}
+    assert few.train_size == (count or everything.train_size - 10)
+
+    # They depend on the seed alone, and are the last of the shuffle of which others are the first.
+    again = load(seed=3, train_images=2, hold_out=10)
+    assert images_of(again, np.arange(2, 12)) == held_out
+    if count:
+        plain = load(seed=3, train_images=count)
+        assert images_of(plain, np.arange(count)) == trained
+    other = load(seed=4, train_images=2, hold_out=10)
+    assert images_of(other, np.arange(2, 12)) != held_out
+    with pytest.raises(UserError, match="--hold-out"):
+        load(train_images=everything.train_size - 9, hold_out=10)

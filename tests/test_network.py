@@ -15,7 +15,7 @@ import train
 from senetv2 import OURS, SqueezeExcitation, build_model
 from support.console import UserError
 from support.weights import load_weights
-from test_senetv2 import HERE, SMALL, assert_equal
+from test_senetv2 import HERE, SMALL, assert_equal, eight_steps, same_result, stop_at
 from tests.conftest import ONE_STEP, Hostile, complaint, folder_flags
 from tools import evaluate
 
@@ -148,9 +148,32 @@ def test_weights_that_cannot_be_read_are_refused_with_what_to_give_instead(tmp_p
                          ("gone.pth", "no file gone.pth"), ("vit", "no weights of this")):
         with pytest.raises(UserError, match=rf"\A.*{said}.*\Z"):
             load_weights(net, "imagenet" if source == "vit" else source,
-                         train.trunk_of("vit" if source == "vit" else "resnet"))
+                         train.TRUNKS.get(source, "resnet50"))
     assert not Path("hostile").exists()
 
     library = SimpleNamespace(load_file=lambda path: {**net.state_dict(), "a": torch.ones(3)})
     monkeypatch.setitem(sys.modules, "safetensors.torch", library)      # it was missing
     assert "new: 0 []; unused: 1 ['a']" in load_weights(net, "a.safetensors", "resnet50")
+
+
+@pytest.mark.parametrize("name", senetv2.GATES)
+def test_any_gate_keeps_the_shape_and_lets_gradients_through(name):
+    gate = build_model(name, 10, SMALL).layer1[0].gate
+    x = torch.randn(2, 256, 5, 4, requires_grad=True)
+    y = gate(x)
+    assert y.shape == x.shape and y.dtype == x.dtype
+    y.square().sum().backward()
+    assert x.grad.abs().sum() > 0 and x.grad.isfinite().all()
+    for name, weight in gate.named_parameters():
+        assert weight.grad is not None and weight.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", senetv2.GATES)
+def test_any_gate_in_a_run_that_was_stopped_ends_as_in_one_that_was_not(name, whole, tmp_path,
+                                                                        monkeypatch):
+    whole_run, stopped = (eight_steps("shapes", whole, tmp_path / place, "--model", name)
+                          for place in ("whole", "stopped"))
+    train.main(whole_run)
+    stop_at(6, stopped, monkeypatch)
+    train.main(stopped)
+    assert same_result(tmp_path / "stopped", tmp_path / "whole")

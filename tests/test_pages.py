@@ -37,7 +37,10 @@ def test_values_with_spaces_and_quotes_arrive_whole(target, variables):
 @pytest.mark.parametrize("words, said", [
     ("predict", "IMAGE"), ("train EPOCH=1", "EPOCH"), ("report STEM=cifar", "STEM"),
     ("look MODEL=resnet", "MODEL"), ("test SEED=1", "SEED"), ("train NPROC=0", "'0'"),
-    ("train NPROC=two", "'two'")])
+    ("train NPROC=two", "'two'"), ("train SEEDS=0 SEED=1", "SEED"), ("train SEEDS=0 OUT=o", "OUT"),
+    ("paper SEED=7", "SEED"), ("paper MODEL=vit", "MODEL"), ("paper REDUCTION=8", "REDUCTION"),
+    ("experiment2 REDUCTION=8", "REDUCTION"), ("experiment4 OUT=o", "OUT"),
+    ("experiment6 MODEL=vit", "MODEL")])
 def test_what_make_cannot_use_is_refused(words, said):
     words = ["make", "--no-print-directory", "-n", *words.split(), "PYTHON=python3"]
     result = subprocess.run(words, cwd=HERE, text=True, capture_output=True)
@@ -54,7 +57,8 @@ def test_only_what_was_typed_for_this_make_counts(target):
         "-n", target, "PYTHON=python3")
 
 
-NEXT = ("echo 'next: make evaluate, or make predict IMAGE=file, with the same variables'")
+NEXT = ("echo 'next: make evaluate, or make predict IMAGE=file, with the same variables; of "
+        "several runs: make report'")
 
 
 @pytest.mark.parametrize("words, commands", [
@@ -62,17 +66,21 @@ NEXT = ("echo 'next: make evaluate, or make predict IMAGE=file, with the same va
      "p -m torch.distributed.run --standalone --nproc-per-node 2 train.py\n" + NEXT),
     ("train DATASET=folder DATA_DIR=d IMAGE_SIZE=64 MODEL=senet RECIPE=strong LAYERS=1,1,1,1 "
      "STEM=cifar REDUCTION=8 CARDINALITY=2 WEIGHTS=w EPOCHS=4 BATCH_SIZE=16 LR=0.2 TRAIN_IMAGES=99 "
-     "IMAGES_PER_CLASS=50 SEED=7 DEVICE=cpu OUT=o ARGS=--no-augment",
+     "IMAGES_PER_CLASS=50 HOLD_OUT=9 SEED=7 NAME=n DEVICE=cpu OUT=o "
+     "ARGS=--no-augment",
      "p train.py --dataset folder --data-dir d --image-size 64 --model senet --recipe strong "
      "--layers 1,1,1,1 --stem cifar --reduction 8 --cardinality 2 --weights w --epochs 4 "
-     "--batch-size 16 --lr 0.2 --train-images 99 --images-per-class 50 --seed 7 --device cpu "
-     "--out o --no-augment\n" + NEXT),
+     "--batch-size 16 --lr 0.2 --train-images 99 --images-per-class 50 --hold-out 9 "
+     "--seed 7 --name n --device cpu --out o --no-augment\n" + NEXT),
     ("evaluate CHECKPOINT=c DATA_DIR=d", "p -m tools.evaluate --checkpoint c --data-dir d"),
     ("predict IMAGE=i CHECKPOINT=c", "p -m tools.predict --image i --checkpoint c"),
     ("look OUT=o DATASET=cifar10", "p -m tools.look --dataset cifar10 --out o"),
     ("table STEM=cifar IMAGE_SIZE=64", "p -m tools.table --stem cifar --image-size 64"),
     ("bench LAYERS=1,1,1,1 ARGS=--compile", "p -m tools.bench --layers 1,1,1,1 --compile"),
     ("test ARGS=-x", "p -m pytest -q -rs -x"), ("faults", "p -m tools.faults"),
+    ("train SEEDS='0 1' MODEL=senet",
+     "set -e; for seed in 0 1; do p train.py --model senet --seed $seed; done\n" + NEXT),
+    ("report MINUS='senet r=8'", "p -m tools.report runs results --minus 'senet r=8'"),
     ("report", "p -m tools.report runs results"),
     ("results", "{ cat results/about.md && p -m tools.report results; } > results/README.tmp\n"
                 "mv results/README.tmp results/README.md"),
@@ -80,7 +88,7 @@ NEXT = ("echo 'next: make evaluate, or make predict IMAGE=file, with the same va
                  "cp runs/shapes-senetv2-paper-seed0/gates.png assets/gates.png"),
 ])
 def test_make_runs_exactly_these_commands(words, commands):
-    printed = make("-n", *words.split(), "PYTHON=p")
+    printed = make("-n", *shlex.split(words), "PYTHON=p")
     assert list(map(shlex.split, printed)) == list(map(shlex.split, commands.splitlines()))
 
 

@@ -169,7 +169,8 @@ def test_runs_on_other_files_are_in_tables_of_their_own(tmp_path, capsys):
     assert [sorted(re.findall(r"^\| (resnet|vit|mobilenet_v2) ", table, re.M)) for table in tables
             ] == [["mobilenet_v2", "resnet"], ["vit"]]
 
-    # A run of older code, which did not write the digest, joins the table of equal settings.
+    # A run of older code, which did not write a digest of its files, joins the table of equal
+    # settings.
     shutil.rmtree(tmp_path / "b")
     invent_run(tmp_path / "old", 1, 70.0, **data)
     report.main([str(tmp_path)])
@@ -229,8 +230,9 @@ def test_intervals_are_those_of_students_t():
         share = density.mean() * 2 * t / math.sqrt(freedom * math.pi)
         assert share == pytest.approx(0.95, abs=5e-5)
 
-    base = {seed: dict(top1=[0.0], machine="M") for seed in range(99)}
-    net = base | {0: dict(top1=[-1.0], machine="M"), 1: dict(top1=[1.0], machine="M")}
+    same = dict(machines="M", code=None)
+    base = {seed: dict(top1=[0.0], **same) for seed in range(99)}
+    net = base | {0: dict(top1=[-1.0], **same), 1: dict(top1=[1.0], **same)}
     half = 2.262 * (2 / 98 / 99)**0.5       # of ten runs; for more than that a little too wide
     said = f"+0.00 [-{half:.2f}, +{half:.2f}]"
     assert report.difference(dict(net=net, base=base), "net", "base") == said
@@ -277,7 +279,8 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
     report.main([str(tmp_path)])
     table, rest = capsys.readouterr().out.split("\nRuns that are in no table:\n\n")
     assert text.startswith(table) and "1 of 2 epochs" in rest
-    assert "copied: top-1 60.00%; the table uses another run with the same settings (70.00%" in rest
+    assert (f"copied: top-1 60.00%; the table uses {tmp_path / 'a'}, with the same settings (70.00%"
+            in rest)
     assert sorted(line.split(": ")[0] for line in rest.splitlines()) == [f"- {tmp_path}", *(
         f"- {tmp_path / name}" for name in ("copied", "list", "newer", "running", "without top1"))]
 
@@ -334,3 +337,77 @@ def test_bench_tells_the_loader_from_a_step(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| senetv2 | 4 [4, 4] | 1.000 " in printed and "| 64 | 512 | 500.00 [500." in printed
     assert ": 40 images/s in batches of 2; it takes 10.00% of a training step" in printed
+
+
+def table_rows(text):
+    return [[cell.strip() for cell in line.strip("|").split(" | ")]
+            for line in text.splitlines() if line.startswith("| ")]
+
+
+def invent_code(folder, code, **more):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(code=code) | more))
+
+
+def test_the_report_compares_what_one_tries_with_what_it_was_made_from(tmp_path, capsys):
+    gate = dict(reduction=32, cardinality=4)
+    for seed in (0, 1):
+        for place, top1, settings in (
+                ("plain", 50, {}), ("v2", 60, dict(model="senetv2", **gate)),
+                ("named", 62, dict(model="senetv2", name="amax", **gate)),
+                ("own", 65 + seed, dict(model="amax", **gate))):
+            invent_run(tmp_path / f"{place}{seed}", seed, top1, **settings)
+            invent_code(tmp_path / f"{place}{seed}", {"senetv2.py": place})
+    report.main([str(tmp_path)])
+    head, *lines = table_rows(capsys.readouterr().out)
+    assert head[4:] == ["minus resnet", "minus senet r=32", "minus the same without a name",
+                        "minus senetv2", "in the paper"]
+    found = {line[0]: line[3:-1] for line in lines}
+    assert found["resnet"] == ["50.00 ± 0.00", "-", "-", "-", "-"]
+    assert found["senetv2 r=32 K=4, amax"] == [
+        "62.00 ± 0.00", "+12.00 [+12.00, +12.00], across code", "-",
+        "+2.00 [+2.00, +2.00], across code", "-"]
+    assert found["amax"] == [       # it has neither r nor K
+        "65.50 ± 0.71", "+15.50 [+9.15, +21.85], across code", "-", "-",
+        "+5.50 [-0.85, +11.85], across code"]
+
+    report.main([str(tmp_path), "--minus", "amax"])
+    head, *lines = table_rows(capsys.readouterr().out)
+    assert head[-2] == "minus amax" and lines[0][-2] == "-15.50 [-21.85, -9.15], across code"
+    text = complaint(capsys, tmp_path, "--minus", "amaxx", main=report.main)
+    assert "no row begins with 'amaxx'; there are amax; resnet; senetv2 r=32 K=4" in text
+
+
+def test_runs_of_different_code_are_rows_of_their_own_and_of_one_code_the_later_counts(tmp_path,
+                                                                                       capsys):
+    for number, (seed, top1, code, finished) in enumerate((
+            (0, 50.0, None, None), (0, 60.0, "a", "2026-01-01"), (1, 61.0, "a", "2026-01-01"),
+            (0, 70.0, "b", "2026-01-03"), (0, 69.0, "b", "2026-01-02"))):
+        invent_run(tmp_path / str(number), seed, top1)
+        if code:
+            invent_code(tmp_path / str(number), {"senetv2.py": code}, finished=finished)
+    invent_run(tmp_path / "vit", 0, 80.0, model="vit")
+    report.main([str(tmp_path)])
+    text = capsys.readouterr().out
+    found = {line[0]: line[2:] for line in table_rows(text)}
+    a, b = sorted((name for name in found if ", code " in name), key=lambda name: found[name][1])
+    assert found["resnet"][:2] == ["1", "50.00"] and re.fullmatch("resnet, code [0-9a-f]{4}", a)
+    assert found[a][:2] == ["2", "60.50 ± 0.71"] and found[b][:2] == ["1", "70.00"]
+    assert found["vit"][2] == "+30.00 (seed 0 alone)"       # of equally many seeds, the first row
+    assert f"{tmp_path / '4'}: top-1 69.00%; the table uses {tmp_path / '3'}, with the same" in text
+
+    shutil.rmtree(tmp_path / "0")           # a label of one code needs no code
+    shutil.rmtree(tmp_path / "3"), shutil.rmtree(tmp_path / "4")
+    report.main([str(tmp_path)])
+    found = {line[0]: line[2:] for line in table_rows(capsys.readouterr().out)}
+    assert found["resnet"][0] == "2" and found["vit"][2] == "+20.00 (seed 0 alone, across code)"
+
+
+def test_results_on_held_out_images_are_a_table_of_their_own(tmp_path, capsys):
+    invent_run(tmp_path / "a", 0, 70.0)
+    invent_run(tmp_path / "b", 0, 75.0, hold_out=1000)
+    report.main([str(tmp_path)])
+    first, second = capsys.readouterr().out.split("### ")[1:]
+    assert "hold_out" not in first and "top-1: of the last" in first and "77.38" in first
+    assert "hold_out 1000" in second and "top-1: on held-out images, of the last" in second
+    assert "77.38" not in second

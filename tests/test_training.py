@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torchvision
 import data
 import train
 from senetv2 import build_model
-from support import checkpoint, hardware
+from support import checkpoint, console, hardware
 from support.console import UserError
 from test_senetv2 import SMALL, eight_steps, equal, rows
 from tests.conftest import complaint, finished_flags, no_network
@@ -49,6 +50,8 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     ("--image-size 500000", "from 32 to"),
     ("--epochs 0", "from 1 to"), ("--batch-size x", "number"), ("--train-images -5", "from 0 to"),
     ("--lr nan", "from 0 to"), ("--lr inf", "from 0 to"), ("--weight-decay -1", "from 0 to 1"),
+    ("--name a/b", "letters, digits"), ("--name é", "letters, digits"),
+    ("--train-images 11000 --hold-out 1001", "12000 training"), ("--hold-out 12000", "12000"),
     ("--image-size 31", "from 32 to"), (f"--seed {2**63}", str(2**63 - 1)),
 
     # What only the data, the network or the disk can tell.
@@ -77,6 +80,7 @@ def test_bad_input_is_refused_in_one_line(flags, said, capsys, tmp_path, monkeyp
     ("--model resnet --reduction 16", "reduction 16 is not used by", "shapes-resnet-paper-seed0"),
     ("--model senet --cardinality 8", "cardinality 8 is not used by", "shapes-senet-paper-seed0"),
     ("--model resnet --zero-init", "", "shapes-resnet-paper-zero_initTrue-seed0"),
+    ("--name a.max --hold-out 9", "", "shapes-senetv2-paper-hold_out9-seed0-a.max"),
     ("--model vit --zero-init", "zero_init True is not used by", "shapes-vit-paper-seed0"),
     ("--model vit --layers 3,4,6,3", "layers 3,4,6,3 is not used by", "shapes-vit-paper-seed0"),
     ("--dataset cifar10 --image-size 64", "image_size 64 is not", "cifar10-senetv2-paper-seed0"),
@@ -93,7 +97,7 @@ def test_defaults_are_these_as_help_says_and_a_typed_recipe_wins_over_a_data_set
         reduction=32, cardinality=4, residual=False, zero_init=False, weights=None,
         optimizer="adam", lr=0.001, warmup=0.05, weight_decay=0.0, label_smoothing=0.0, epochs=30,
         batch_size=128, train_images=0, images_per_class=250, image_size=224, augment=True,
-        precision=None, seed=0)
+        precision=None, hold_out=0, seed=0, name="")
     strong = dict(recipe="strong", optimizer="sgd", lr=0.1, weight_decay=0.0005,
                   label_smoothing=0.1, epochs=100)
     shapes = dict(dataset="shapes", layers="1,1,1,1", epochs=3, batch_size=64)
@@ -153,7 +157,8 @@ CHANGED = {     # setting -> flags, and what differs by them at once; the weight
     "train_images": ("--train-images 9", "batches"), "augment": ("--no-augment", "batches"),
     "images_per_class": ("--images-per-class 5", "batches"),
     "image_size": ("--image-size 40", "batches"), "precision": ("--precision bfloat16", ""),
-    "seed": ("--seed 1", "start batches draws"),
+    "hold_out": ("--hold-out 2", ""), "seed": ("--seed 1", "start batches draws"),
+    "name": ("--name amax", ""),
 }
 USUAL = {}      # the run without any of them
 
@@ -169,7 +174,7 @@ def test_every_setting_changes_the_run_and_nothing_but_its_part(key, whole, tmp_
     run = watched(tmp_path / "run", monkeypatch, *BASE, whole / "images", *flags.split())
 
     differ = {part for part in vars(run) if not equal(getattr(run, part), getattr(usual, part))}
-    assert differ == {*parts.split(), "end"}
+    assert differ == {*parts.split(), "end"} - ({"end"} if key in ("hold_out", "name") else set())
     names = [train.parse_args([*BASE, "x", *more.split()])[0].out for more in ("", flags)]
     assert names[0] != names[1]
 
@@ -220,10 +225,10 @@ def test_compile_and_workers_arrive_and_vit_is_told_the_image_size(whole, tmp_pa
 
 def test_checkpoints_come_by_the_clock_and_at_the_end(monkeypatch):
     saved, now = [], 0
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     monkeypatch.setattr(checkpoint, "check_finite", lambda state: None)
     monkeypatch.setattr(checkpoint, "replace_file", lambda path, content: saved.append(now))
-    state = SimpleNamespace(finished=False, saved_at=0, folder=Path(), state_dict=dict)
+    state = SimpleNamespace(finished=False, saved_at=0, folder=Path(), state_dict=dict, machine={})
     for now in range(0, 400, 10):
         state.finished = now == 390
         checkpoint.save_if_due(state, 2)
@@ -264,10 +269,10 @@ def test_a_recorded_function_runs_twice_and_is_replayed_from_the_second_call_on(
     graph = SimpleNamespace(replay=lambda: done.append("replay"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *args, **kwargs: contextlib.nullcontext())
-    recorded = hardware.Recording(lambda x: (done.append("python"), 2 * x)[1])
-    results = [recorded(x).item() for x in torch.arange(4.0)]
+    recorded = hardware.Recording(lambda net, x: (done.append("python"), 2 * x)[1])
+    results = [recorded("net", x).item() for x in torch.arange(4.0)]
     assert done == ["python", "python", "replay", "replay", "replay"]
-    assert results == [0, 2, 2, 2] and recorded.buffers == [3]      # nothing computes in this graph
+    assert results == [0, 2, 2, 2] and recorded.args == ["net", 3]     # this graph computes nothing
 
 
 def test_a_step_that_cannot_be_recorded_shows_its_line_and_the_way_out(monkeypatch, capsys):
@@ -300,3 +305,48 @@ def test_nothing_infinite_is_saved_at_a_broken_image(spoil, whole, tmp_path, mon
     monkeypatch.setattr(train, "train", fails)
     assert "no longer finite" in complaint(capsys, *eight_steps("shapes", whole, tmp_path))
     assert not (tmp_path / "last.pt").exists()
+
+
+@pytest.mark.parametrize("terminal, lines", [(True, 4), (False, 1)])
+def test_progress_comes_each_second_on_a_terminal_and_each_minute_elsewhere(terminal, lines,
+                                                                            monkeypatch, capsys):
+    now, shown = 0.0, 0
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(console.sys.stdout, "isatty", lambda: terminal, raising=False)
+    progress = console.Progress(0, 100)
+    for now in (0.5, 1.1, 1.9, 2.3, 61.0, 61.5, 62.5):
+        progress.show(1, 2.5)
+    printed = capsys.readouterr().out
+    shown = printed.count("step 1/100  loss 2.500")
+    assert shown == lines and printed.count("\n") == (0 if terminal else lines)
+
+
+@pytest.mark.parametrize("loading, said", [(0.0, ""), (0.001, ""), (3.0, "waited for images 75%")])
+def test_the_row_of_an_epoch_says_how_long_it_waited_for_images(loading, said, monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def batches():
+        nonlocal now
+        for _ in range(5):
+            now += loading
+            yield "batch"
+    progress = console.Progress(0, 5)
+    for _ in progress.watch(batches(), 16):
+        now += 1.0                                          # a training step
+    assert progress.images_per_second() == 5 * 16 / (5 * (1 + loading))
+    progress.show_epoch(5, dict(epoch=1))
+    printed = capsys.readouterr().out
+    assert said in printed and ("waited" in printed) == bool(said)
+    assert list(progress.watch([], 16)) == [] and progress.images_per_second() is None
+
+
+@pytest.mark.parametrize("load, threads, said", [(0.2, 2, False), (1.5, 1, False), (1.5, 2, True)])
+def test_a_busy_machine_is_told_with_what_to_type(load, threads, said, monkeypatch, capsys):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+    monkeypatch.setattr(hardware, "CORES", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    hardware.say_if_busy(torch.device("cpu"))
+    assert ("OMP_NUM_THREADS=1 before the command" in capsys.readouterr().out) == said
+    hardware.say_if_busy(torch.device("cuda"))
+    assert capsys.readouterr().out == ""

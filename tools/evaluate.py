@@ -22,6 +22,7 @@ from torchvision.utils import save_image
 
 import train
 from senetv2 import GATES
+from support.checkpoint import result_of
 from support.console import UserError, in_words, printable, say, world
 from support.hardware import on_host
 from train import SETTINGS, evaluate, load, open_data
@@ -38,7 +39,7 @@ def run_evaluation(args, settings, device):
     path = Path(args.checkpoint or args.out)
     folder = path if path.is_dir() else path.parent
     net = load(path).to(device, memory_format=torch.channels_last)
-    data = open_data(args, net.settings | dict(train_images=0), device)     # none is used here
+    data = open_data(args, net.settings | dict(train_images=0, hold_out=0), device)
     if data.classes != net.classes:
         raise UserError(f"{path} was trained on classes other than those in {args.data_dir}")
 
@@ -51,6 +52,8 @@ def run_evaluation(args, settings, device):
     for name, hits, count in zip(data.classes, right, images):
         say(f"{100 * hits / count:7.2f}%  {name}")
     say(result)
+    if net.history:
+        say(f"its run: {result_of(net.settings, net.history)}")
     gates = draw_gates(means, folder / "gates.png") if net.settings["model"] in GATES else None
 
     out = folder / "page.html"

@@ -45,8 +45,6 @@ def main(argv=None):
 
     for row, name in enumerate(data.classes[:100], start=1):
         say(f"row {row:3d}  {name}")
-    if data.left_out:
-        say(f"files left out, by ending: {data.left_out}")
     say(f"{out}: five images per row, each followed by its augmented version")
 
 

@@ -23,6 +23,8 @@ def run_prediction(args, settings, device):
     if not args.image:
         raise UserError("no image; give --image cat.jpg")
     net = load(args.checkpoint or args.out).to(device, memory_format=torch.channels_last)
+    if len(net.history) < net.settings["epochs"]:
+        say(f"the run is not finished: {len(net.history)} of {net.settings['epochs']} epochs")
     for path in args.image:
         logits = net(net.preprocess(read_image(path)).to(device))[0]
         best = on_host(logits).softmax(0).topk(min(5, len(net.classes)))

@@ -1,9 +1,11 @@
 """Tables of finished runs, as Markdown.
 
     python -m tools.report runs results
+    python -m tools.report --minus "senetv2 r=32 K=4"       with the differences to another row
 """
 import argparse
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -12,7 +14,7 @@ import sys
 from pathlib import Path
 
 from data import FOLDERS
-from senetv2 import GATES
+from senetv2 import PEERS, gate_settings
 from support.console import UserError, errors_in_one_line, printable
 from train import SETTINGS, defaults
 
@@ -22,36 +24,49 @@ PAPER_TOP1 = {      # (data set, layers) -> top-1 in %, all training images, the
     ("cifar100", "3,4,6,3"): {"resnet": 61.72, NARROW: 62.26, SENETV2: 63.52},
     ("cifar10", "1,1,1,1"): {"resnet": 77.38, NARROW: 77.79, SENETV2: 78.60},
 }
-NETWORK = ("model", "reduction", "cardinality", "residual", "zero_init", "seed",    # of one table
-           "precision")             # which counts as a part of the machine
-ZERO_INIT = " zero-init"        # ends the names of networks that start so
+NETWORK = ("model", "reduction", "cardinality", "residual", "zero_init", "seed", "name",
+           "precision")             # of one table; the last counts as a part of the machine
+ZERO_INIT = " zero-init"        # in the names of networks that start so
 COLOURS = ("grey", "blue", "green", "red", "orange", "purple", "brown", "hotpink", "black", "gold",
            "teal", "navy", "lime", "crimson")
 # Student's t: half of a two-sided 95% interval, in standard errors, for 2 to 10 runs.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def run_report(folders):
+def run_report(folders, minus=None):
     """Print, as Markdown, a table and a chart for all finished runs that differ in NETWORK alone.
 
-    If two runs have all settings alike (a copy, or code that was edited), the first one counts.
+    If two runs have all settings and the code alike, the one that finished later counts.
+    minus    the row to subtract, beside the usual ones
     """
-    tables, left_out = {}, []
+    found, left_out = {}, []        # (what a table shares, row, seed, code) -> runs
     for path in [path for root in folders for path in sorted(Path(root).rglob("config.json"))]:
         try:
             shared, name, seed, run = read_run(path)
         except Exception as reason:         # whatever other programs, and older code, leave
             left_out.append(f"- {printable(str(path.parent))}: {type(reason).__name__}: {reason}")
-            continue
-        first = tables.setdefault(shared, {}).setdefault(name, {}).setdefault(seed, run)
-        if run["top1"][-1] != first["top1"][-1]:
-            left_out.append(f"- {printable(str(path.parent))}: top-1 {run['top1'][-1]:.2f}%; the "
-                            "table uses another run with the same settings "
-                            f"({first['top1'][-1]:.2f}%)")
+        else:
+            found.setdefault((shared, name, seed, run["code"]), []).append(run)
+
+    tables = {}
+    for (shared, name, seed, code), runs in found.items():
+        # Published runs do not say when they finished: of those, the first of the alphabet counts.
+        used = max(runs, key=lambda run: run.get("finished") or "")
+        for run in runs:
+            if run is not used and run["top1"][-1] != used["top1"][-1]:
+                left_out.append(
+                    f"- {run['place']}: top-1 {run['top1'][-1]:.2f}%; the table uses "
+                    f"{used['place']}, with the same settings ({used['top1'][-1]:.2f}%)")
+        tables.setdefault(shared, {}).setdefault((name, code), {})[seed] = used
+
     if not tables and not left_out:
         raise UserError(f"no runs in {', '.join(folders)}; train first")
-    for shared, networks in joined(tables).items():
-        print_results(dict(shared), networks)
+    tables = {shared: told_apart(rows) for shared, rows in joined(tables).items()}
+    if minus and not any(starts_with(name, minus) for rows in tables.values() for name in rows):
+        names = sorted({name for rows in tables.values() for name in rows})
+        raise UserError(f"no row begins with {minus!r}; there are {'; '.join(names)}")
+    for shared, networks in tables.items():
+        print_results(dict(shared), networks, minus)
     print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
 
 
@@ -61,10 +76,25 @@ def joined(tables):
     for shared in [shared for shared in tables if shared[-1] == ("files", None)]:
         others = [other for other in tables if other[:-1] == shared[:-1] and other != shared]
         if len(others) == 1:
-            for name, seeds in tables.pop(shared).items():
-                known = tables[others[0]].setdefault(name, {})
-                tables[others[0]][name] = seeds | known
+            for row, seeds in tables.pop(shared).items():
+                known = tables[others[0]].setdefault(row, {})
+                tables[others[0]][row] = seeds | known
     return tables
+
+
+def told_apart(rows):
+    """(name, code) -> seeds becomes name -> seeds; the code stands in the name where it differs."""
+    codes = {}
+    for name, code in rows:
+        codes.setdefault(name, set()).add(code)
+    return {name + (f", code {code}" if code and len(codes[name]) > 1 else ""): seeds
+            for (name, code), seeds in rows.items()}
+
+
+def starts_with(row, name):
+    """Whether `row` is called `name`, apart from code and what stands in brackets."""
+    return row.replace(" (= senet r=8)", "").partition(", code ")[0] == name.replace(
+        " (= senet r=8)", "")
 
 
 def read_run(path):
@@ -76,53 +106,66 @@ def read_run(path):
     run["top1"] = [float(row["top1"]) for row in table]
     if len(run["top1"]) < settings["epochs"]:
         raise ValueError(f"{len(run['top1'])} of {settings['epochs']} epochs")
-    run["machine"] = f"{run['device']}, torch {run['torch']}"
+    run["machines"] = f"{run['device']}, torch {run['torch']}"
     precision = run.get("precision") or settings["precision"] or "float32"
-    run["machine"] += f", {precision}" if precision != "float32" else ""
-    run["machine"] += f", {run['processes']} processes" if run.get("processes", 1) > 1 else ""
+    run["machines"] += f", {precision}" if precision != "float32" else ""
+    run["machines"] += f", {run['processes']} processes" if run.get("processes", 1) > 1 else ""
+    code = run.get("code")          # published runs have none
+    run["code"] = hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:4] if (
+        code) else None
+    run["place"] = printable(str(path.parent))
     shared = tuple((key, settings[key]) for key in SETTINGS if key not in NETWORK)
     hash((shared, settings["seed"])), format(run["parameters"], ",")        # raise here if they do
     return (*shared, ("files", run.get("files"))), label(settings), settings["seed"], run
 
 
 def label(settings):
-    """The row's name in a table: the network, and the width of its gate."""
+    """The row's name in a table: the network, the width of its gate, and what its user tried."""
     name, r, k = settings["model"], settings["reduction"], settings["cardinality"]
-    if name in GATES:
-        name += f" r={r}" + f" K={k}" * (name != "senet") + " residual" * settings["residual"]
+    known = gate_settings(name)             # a gate that has gone claims none
+    name += f" r={r}" if "reduction" in known else ""
+    name += f" K={k}" if "cardinality" in known else ""
+    name += " residual" if "residual" in known and settings["residual"] else ""
     name = SENETV2 if name + " (= senet r=8)" == SENETV2 else name
-    return name + ZERO_INIT * settings["zero_init"]
+    name += ZERO_INIT if settings["zero_init"] else ""
+    return name + (f", {settings['name']}" if settings["name"] else "")
 
 
-def print_results(shared, networks):
+def print_results(shared, networks, minus):
     """The table and the chart of one comparison: networks -> seeds -> what run_report has read."""
     size, usual = shared["train_images"], defaults(shared["recipe"], shared["dataset"])
     print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, "
-          f"{shared['epochs']} epoch{'s' * (shared['epochs'] > 1)}, layers {shared['layers']}\n\n"
+          f"{shared['epochs']} epoch{'s' if shared['epochs'] > 1 else ''}, layers "
+          f"{shared['layers']}\n\n"
           + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual.get(key)
                       or key in ("recipe", "optimizer", "lr", "batch_size", "stem")
                       or key == "images_per_class" and shared["dataset"] in FOLDERS) + ".\n")
-    starts = any(name.endswith(ZERO_INIT) for name in networks)
-    print("| network | parameters | seeds | top-1 (%) | minus resnet | minus senet r=32 | "
-          + "minus the same without zero-init | " * starts
-          + "in the paper |\n" + "|---" * (7 + starts) + "|")
+
+    bases = {title: base for title, base in BASES.items()
+             if title in ALWAYS or any(base(name) for name in networks)}
+    if minus:
+        bases[minus] = lambda name: minus
+    print("| network | parameters | seeds | top-1 (%) | "
+          + " | ".join(f"minus {title}" for title in bases) + " | in the paper |\n"
+          + "|---" * (5 + len(bases)) + "|")
 
     ordered = sorted(networks, key=lambda name: [*networks[name].values()][0]["parameters"])
-    paper = {} if size else PAPER_TOP1.get((shared["dataset"], shared["layers"]), {})
+    paper = {} if size or shared["hold_out"] else PAPER_TOP1.get(
+        (shared["dataset"], shared["layers"]), {})
     for name in ordered:
         runs = networks[name].values()
         count, values = [*runs][0]["parameters"], [run["top1"][-1] for run in runs]
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        start = ZERO_INIT * name.endswith(ZERO_INIT)    # compare with networks of the same start
-        bases = ["resnet" + start, NARROW + start] + [name.removesuffix(ZERO_INIT)] * starts
         print(f"| {name} | {count:,} | {len(runs)} | {statistics.fmean(values):.2f}{spread} | "
-              + " | ".join(difference(networks, name, base) for base in bases)
+              + " | ".join(difference(networks, name, base(name)) for base in bases.values())
               + f" | {format(paper[name], '.2f') if name in paper else '-'} |")
-    machines = sorted({run["machine"] for seeds in networks.values() for run in seeds.values()})
-    print("\ntop-1: of the last epoch, mean ± standard deviation over seeds. Differences: paired "
-          "by seed, mean [95% confidence interval]. "
-          + "In rows with zero-init, the first two subtract a network with it. " * starts
-          + f"Ran on (CPUs are not told apart): {'; '.join(machines)}.")
+    machines = sorted({run["machines"] for seeds in networks.values() for run in seeds.values()})
+    starts = ("In rows with zero-init, the first two subtract a network with it. "
+              if any(ZERO_INIT in name for name in networks) else "")
+    where = "on held-out images, " if shared["hold_out"] else ""
+    print(f"\ntop-1: {where}of the last epoch, mean ± standard deviation over seeds. Differences: "
+          f"paired by seed, mean [95% confidence interval]. {starts}Ran on (CPUs are not told "
+          f"apart): {'; '.join(machines)}.")
 
     if not sys.stdout.isatty():         # a chart that GitHub draws
         palette = ",".join(COLOURS[:max(9, len(ordered))])
@@ -137,14 +180,45 @@ def print_results(shared, networks):
         print("```\n\nLines: " + "; ".join(lines) + ".")
 
 
+def network(name):
+    return name.split()[0].rstrip(",")
+
+
+def bare(name):
+    """A row's name without its code."""
+    return name.partition(", code ")[0]
+
+
+def start_of(name):
+    return ZERO_INIT if ZERO_INIT in name else ""
+
+
+def same_without_a_name(name):
+    return bare(name).partition(", ")[0] if ", " in bare(name) else None
+
+
+BASES = {           # what a column subtracts: from a row's name to another's, or None
+    "resnet": lambda name: None if network(name) == "resnet" else "resnet" + start_of(name),
+    "senet r=32": lambda name: None if network(name) == "resnet" else NARROW + start_of(name),
+    "the same without zero-init": lambda name: (
+        bare(name).replace(ZERO_INIT, "") if start_of(name) else None),
+    "the same without a name": same_without_a_name,
+    "senetv2": lambda name: (None if network(name) in ("resnet", "senet", "senetv2", *PEERS) else
+                             SENETV2 + start_of(name)),
+}
+ALWAYS = ("resnet", "senet r=32")
+
+
 def difference(networks, name, base):
-    """`name` minus `base` over their common seeds: the mean and its 95% interval, in words."""
-    runs, others = networks[name], networks.get(base, {})
-    seeds = [seed for seed in runs if seed in others and name != base
-             and (base == "resnet" or name.split()[0] != "resnet")]
+    """`name` minus `base` over their common seeds: the mean and its 95% interval, in words.  Of
+    several rows that are called `base`, with different code, the one of most common seeds."""
+    runs = networks[name]
+    rows = [seeds for other, seeds in networks.items() if base and starts_with(other, base)]
+    others = max(rows, key=lambda seeds: len(seeds.keys() & runs), default={})
+    seeds = [seed for seed in runs if seed in others and others is not runs]
     gaps = [runs[seed]["top1"][-1] - others[seed]["top1"][-1] for seed in seeds]
-    across = ", across machines" * any(runs[seed]["machine"] != others[seed]["machine"]
-                                       for seed in seeds)
+    across = "".join(f", across {key}" for key in ("machines", "code")
+                     if any(runs[seed][key] != others[seed][key] for seed in seeds))
     if len(gaps) < 2:
         return f"{gaps[0]:+.2f} (seed {seeds[0]} alone{across})" if gaps else "-"
     mean, error = statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
@@ -156,9 +230,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="tools.report", description="Print tables of the "
                                      "finished runs in these folders, as Markdown.")
     parser.add_argument("folders", nargs="*", default=["runs"], help="by default: runs")
+    parser.add_argument("--minus", help="a row to subtract, beside the usual ones")
     args = parser.parse_args(argv)
     with errors_in_one_line("tools.report"):
-        run_report(args.folders)
+        run_report(args.folders, args.minus)
 
 
 if __name__ == "__main__":

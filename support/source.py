@@ -1,0 +1,54 @@
+"""The reader's own code: what a run was trained with, and whether a module of his works."""
+import ast
+import hashlib
+from pathlib import Path
+
+import torch
+
+# The code through which numbers pass.  A reworded message must not make every run another.
+FILES = ("senetv2.py", "data.py", "train.py", "support/hardware.py", "support/images.py",
+         "support/shapes.py", "support/weights.py")
+
+
+def digests():
+    """File -> a digest of its code, which comments, docstrings and layout do not change."""
+    return {name: digest((Path(__file__).parents[1] / name).read_text("utf-8")) for name in FILES}
+
+
+def digest(text):
+    """Alike under all versions of Python, which ast.dump and ast.unparse are not."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+    return hashlib.sha256(repr(plain(tree)).encode()).hexdigest()[:16]
+
+
+def plain(node):
+    """A syntax tree as tuples without positions; empty fields differ between versions."""
+    if isinstance(node, ast.AST):
+        fields = ((field, getattr(node, field, None)) for field in sorted(node._fields)
+                  if field not in ("kind", "type_comment"))
+        return (type(node).__name__, *((field, plain(value)) for field, value in fields
+                                       if value not in (None, [])))
+    return tuple(map(plain, node)) if isinstance(node, list) else repr(node)
+
+
+def changed(before, now):
+    """The files whose digests differ, in words, or ""."""
+    return ", ".join(name for name in before | now if before.get(name) != now.get(name))
+
+
+def try_module(module, x):
+    """One pass forward and back.  Raises TypeError, with the place of the module's forward, unless
+    its output is a tensor of the shape and the type of x."""
+    y = module(x)
+    if not (torch.is_tensor(y) and (y.shape, y.dtype) == (x.shape, x.dtype)):
+        place, found = type(module).forward.__code__, type(y).__name__
+        if torch.is_tensor(y):
+            found = f"{y.dtype}, {tuple(y.shape)}"
+        raise TypeError(f"{type(module).__name__}.forward (file \"{place.co_filename}\", line "
+                        f"{place.co_firstlineno}) returned {found}; its input was {x.dtype}, "
+                        f"{tuple(x.shape)}, and its output must be alike")
+    y.sum().backward()
