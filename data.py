@@ -31,7 +31,6 @@ An incomplete last batch is not trained on, so that all steps average over equal
 import hashlib
 import os
 import signal
-from collections import Counter
 
 import numpy as np
 import torch
@@ -39,9 +38,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from support.console import UserError, printable, say
+from support.console import UserError
 from support.images import (
-    ImageError, first_of_each_class, list_images, read_cifar, read_image, size_of)
+    ImageError, as_read, fingerprint, first_of_each_class, from_workers, list_splits, read_cifar,
+    read_image, shared)
 from support.shapes import SHAPES, draw_shapes
 
 FOLDERS = ("imagenet", "folder")
@@ -88,7 +88,7 @@ def mix(*numbers):
 def split(size, count, held_out, seed):
     """The indices of the first `count` and of the last `held_out` images of a seeded shuffle, each
     sorted.  If count is 0, all that are not held out come first."""
-    if count + held_out > size - (count == 0):
+    if count + held_out > max(0, size - (count == 0)):
         raise UserError(f"--train-images {count} and --hold-out {held_out} are more than the "
                         f"{size} training images")
     order = np.random.default_rng([seed]).permutation(size)
@@ -209,7 +209,8 @@ def centre(size):
 
 
 class Preprocess:
-    """uint8 (3, H, W) of any size -> float32 (1, 3, S, S): the input of a network of `dataset`."""
+    """An image of any size, uint8 (3, H, W) or Pillow's, -> float32 (1, 3, S, S): the input of a
+    network of `dataset`.  Raises TypeError for anything else."""
 
     def __init__(self, dataset, image_size=224):
         small = v2.Compose([v2.Resize(32), v2.CenterCrop(32)])
@@ -217,14 +218,15 @@ class Preprocess:
         self.normalise = Normalise(dataset)
 
     def __call__(self, image):
-        return self.normalise(self.resize(image)[None])
+        return self.normalise(self.resize(as_read(image))[None])
 
 
 class ImageFiles(Dataset):
     """Image files by (epoch, indices): a batch, uint8 (B, 3, S, S), and labels (B,); B may be 0.
 
     In training, the crop is drawn by a generator seeded with (seed, epoch, index), so it does not
-    matter which process does it.  With epoch None the middle is cropped.
+    matter which process does it.  With epoch None the middle is cropped.  Where an image cannot be
+    read, the error is returned, and raised in the main process.
     """
 
     def __init__(self, paths, labels, size, seed):
@@ -240,28 +242,23 @@ class ImageFiles(Dataset):
         for image, i in zip(images, index):
             try:
                 whole = read_image(os.fsdecode(self.paths[i]))
-            except ImageError as error:         # gather raises it, in the main process
+            except ImageError as error:
                 return error
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(mix(self.seed, epoch or 0, i))
                 image.copy_(crop(whole))
-        return images, torch.from_numpy(self.labels[index])
+        return shared(images, torch.from_numpy(self.labels[index]))
 
 
 class Folder(Images):
     """A data set of image files, decoded by worker processes: `size` pixels per side."""
 
-    def __init__(self, root, size, images_per_class, train_images, hold_out, workers, *, seed,
-                 **options):
-        left_out = Counter()
-        classes, paths, labels = list_images(root, "train", left_out)
-        test_classes, test_paths, test_labels = list_images(root, "val", left_out)
-        if different := sorted(set(classes) ^ set(test_classes)):
-            raise UserError(f"train/ and val/ under {root} hold different classes; only in one of "
-                             f"them: {printable(', '.join(different[:5]))}")
+    def __init__(self, root, size, images_per_class, train_images, hold_out, only_test, workers, *,
+                 seed, **options):
+        classes, (paths, labels), (test_paths, test_labels) = list_splits(root, only_test)
 
-        # Names and sizes identify a folder, wherever it lies.
-        lines = {path: b"%s %d\n" % (os.path.relpath(path, os.fsencode(root)), size_of(path))
+        # Names, sizes and the ends of the files identify a folder, wherever it lies.
+        lines = {path: b"%s %s\n" % (os.path.relpath(path, os.fsencode(root)), fingerprint(path))
                  for path in (*paths, *test_paths)}
         self.files = digest_of(lines.values())
 
@@ -277,8 +274,6 @@ class Folder(Images):
         both, content = np.concatenate([labels, test_labels]), [lines[path] for path in paths]
         super().__init__("folder", classes, torch.from_numpy(both), len(labels), content,
                          seed=seed, **options)
-        if left_out:
-            say(f"files left out, by ending: {dict(left_out)}")
 
         # One loader for both splits, so that its workers start once per run.  The list of keys is
         # filled anew for each pass.
@@ -290,10 +285,7 @@ class Folder(Images):
 
     def gather(self, epoch, batches):
         self.keys[:] = [(epoch, batch) for batch in batches]
-        for batch in self.loader:
-            if isinstance(batch, ImageError):
-                raise batch
-            images, labels = batch                  # uint8 travels: a quarter of float32
+        for images, labels in from_workers(self.loader):    # uint8: a quarter of float32
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
 
@@ -307,8 +299,8 @@ def ignore_ctrl_c(worker):
 
 
 def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, augment=True,
-              train_images=0, hold_out=0, images_per_class=0, image_size=224, workers=0, rank=0,
-              world=1):
+              train_images=0, hold_out=0, images_per_class=0, image_size=224, only_test=False,
+              workers=0, rank=0, world=1):
     """A data set ready to train on: an InMemory or a Folder.
 
     root                where CIFAR's files lie (or go), or the folder that holds train/ and val/.
@@ -319,6 +311,7 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
     hold_out            so many others come in place of the test images: choose settings by these.
     images_per_class    in folders: keep this many training images of each class; 0 keeps all.
     image_size          in folders: pixels per side.
+    only_test           in folders: there need be no training images.
     workers             in folders: processes that decode.
 
     Raises UserError, in one line that says what to do.
@@ -328,7 +321,8 @@ def load_data(dataset, root="data", *, device="cpu", batch_size=128, seed=0, aug
     common = dict(device=device, batch_size=batch_size, seed=seed, augment=augment, rank=rank,
                   world=world)
     if dataset in FOLDERS:
-        return Folder(root, image_size, images_per_class, train_images, hold_out, workers, **common)
+        return Folder(root, image_size, images_per_class, train_images, hold_out, only_test,
+                      workers, **common)
 
     if dataset == "shapes":
         train, test, classes = draw_shapes(12000, seed=1), draw_shapes(1000, seed=2), list(SHAPES)

@@ -216,7 +216,7 @@ SETTINGS = {        # what defines a result: default, how it is read, meaning
     "cardinality": (4, number(int, 1), "K: hidden layers side by side in the gate of senetv2"),
     "residual": (False, bool, "multiply by 1 + s, as the released code does, not by s"),
     "zero_init": (False, bool, "start the last batch norm of each bottleneck at 0"),
-    "weights": (None, str, "start from: imagenet (torchvision's weights), or a file"),
+    "weights": (None, flags.path, "start from: imagenet (torchvision's weights), or a file"),
     "optimizer": ("adam", one_of(("adam", "sgd")), "sgd has Nesterov momentum 0.9"),
     "lr": (1e-3, number(float, 0), "peak learning rate"),
     "warmup": (0.05, number(float, 0, 1), "share of the run in which the rate rises"),
@@ -241,14 +241,14 @@ USED_BY = {         # settings that only some networks or data sets have
 }
 
 OPTIONS = {         # what is not meant to change a result, beyond rounding
-    "data_dir": ("data", str, "where the data set is, or is downloaded to"),
+    "data_dir": ("data", flags.path, "where the data set is, or is downloaded to"),
     "workers": (max(1, min(8, hardware.CORES // hardware.local_world())), number(int, 0),
                 "imagenet, folder: processes that decode images, per training process"),
     "device": ("cuda" if "cuda" in hardware.DEVICES else "cpu", one_of(hardware.DEVICES),
                "where to compute"),
     "cuda_graph": (True, bool, "on one GPU, record forward and backward, unless --compile"),
     "compile": (False, bool, "use torch.compile; on CPUs, it brought nothing"),
-    "out": (None, str, "the run's folder; by default runs/ and a name made from the settings"),
+    "out": (None, flags.path, "the run's folder; by default in runs/, named after the settings"),
     "checkpoint_minutes": (1.0, number(float, 0), "minutes between saves"),
     "any_code": (False, bool, "go on with a run even if the code has changed since"),
 }
@@ -282,7 +282,7 @@ TRUNKS = {name: name for name in PEERS} | {"vit": None}
 
 def run_training(args, settings, device):
     """Train, or resume, or print the result of a run that is finished."""
-    code = source.digests()             # now: a file may be edited while its old code trains
+    code = source.digests(settings["weights"])      # now: a file may be edited while it trains
     hardware.say_if_busy(device)
     try_gates(settings)
     data = open_data(args, settings, device)
@@ -353,13 +353,13 @@ def start_training(state, data, args, autocast):
         check_finite(state)
         save(state)                                         # process 0 alone can
         kept = "what was trained is saved" if rank() == 0 else "the last checkpoint is kept"
-        raise UserError(f"{error}; {kept}: put the file back and give the same command, or train "
-                        "on without it, from these weights, with --out NEW --weights "
+        raise UserError(f"{error}; {kept}: put the file back as it was and give the same command, "
+                        "or train on without it, from these weights, with --out NEW --weights "
                         f"{args.out / 'last.pt'}") from None
 
 
-def open_data(args, settings, device):
-    options = {key: settings[key] for key in ("batch_size", "seed", "augment", "train_images",
+def open_data(args, settings, device, **options):
+    options |= {key: settings[key] for key in ("batch_size", "seed", "augment", "train_images",
                                               "hold_out", "images_per_class", "image_size")}
     return in_turns(lambda: load_data(
         settings["dataset"], args.data_dir, device=device, rank=rank(), world=world(),

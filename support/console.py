@@ -27,8 +27,17 @@ def printable(text):
 def say(text, end="\n"):
     """Print from process 0 alone; on a terminal, over the line of progress."""
     if rank() == 0:
-        start = "\r\033[K" if sys.stdout.isatty() else ""
-        print(start + printable(text), end=end, flush=True)
+        start = "\r\033[K" if on_terminal() else ""
+        try:
+            print(start + printable(text), end=end, flush=True)
+        except OSError as error:
+            sys.stdout = None           # or Python complains again as it ends
+            raise UserError(f"standard output cannot be written ({error.strerror}); a run is as "
+                            "its last checkpoint, and the same command goes on") from None
+
+
+def on_terminal():
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 # ----------------------------------------------------------------------------------------- Progress
@@ -58,7 +67,7 @@ class Progress:
 
     def show(self, step, loss):
         """On a terminal, once a second, a line that overwrites itself; elsewhere, one a minute."""
-        pause, end = (1, "") if sys.stdout.isatty() else (60, "\n")
+        pause, end = (1, "") if on_terminal() else (60, "\n")
         if time.monotonic() - self.shown_at > pause:
             self.shown_at = time.monotonic()
             say(f"step {step}/{self.total}  loss {loss:.3f}{self.left(step)}", end=end)

@@ -4,6 +4,7 @@ A table maps a name to (default, a function from text to value, meaning).
 """
 import argparse
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -37,6 +38,10 @@ def four_stages(text):
     if len(counts) == 4 and all(c.isascii() and c.isdigit() and int(c) for c in counts):
         return ",".join(str(int(count)) for count in counts)
     raise argparse.ArgumentTypeError(f"{text!r} is not four positive numbers, such as 3,4,6,3")
+
+
+def path(text):
+    return os.path.expanduser(text)     # make passes ~ on as it is
 
 
 def name(text):

@@ -6,6 +6,7 @@ PARENT = os.getppid()       # torchrun, if that started us; read before importin
 import platform
 import signal
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -38,8 +39,16 @@ def start_processes(kind):
         torch.cuda.set_device(local_rank())             # what "cuda" means from here on
         torch.backends.cudnn.benchmark = True           # shapes hardly change: try kernels once
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
+    if rank() >= world() or world() > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"RANK is {rank()} and WORLD_SIZE {world()}, as after a launcher that has "
+                        "gone: unset RANK and WORLD_SIZE, or start several processes by torchrun")
     if world() > 1:
+        text = f"waiting for {world() - 1} other processes; are there none, unset WORLD_SIZE"
+        others = threading.Timer(10, print, [text], dict(file=sys.stderr, flush=True))
+        others.daemon = True
+        others.start()
         dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        others.cancel()
     return torch.device(kind)
 
 
@@ -140,8 +149,8 @@ def say_if_busy(device):
     and one of them 180."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     if device.type == "cpu" and torch.get_num_threads() > 1 and load > CORES / 2:
-        say(f"other programs keep {load:.1f} of {CORES} cores busy: with OMP_NUM_THREADS=1 before "
-            "the command, this one may be faster (one thread rounds differently from two)")
+        say(f"this machine is busy (load {load:.1f}, {CORES} cores): with OMP_NUM_THREADS=1 before "
+            "the command, this run may be faster (one thread rounds differently from two)")
 
 
 def describe_machine(device):

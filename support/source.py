@@ -10,9 +10,14 @@ FILES = ("senetv2.py", "data.py", "train.py", "support/hardware.py", "support/im
          "support/shapes.py", "support/weights.py")
 
 
-def digests():
-    """File -> a digest of its code, which comments, docstrings and layout do not change."""
-    return {name: digest((Path(__file__).parents[1] / name).read_text("utf-8")) for name in FILES}
+def digests(weights=None):
+    """File -> a digest of its code, which comments, docstrings and layout do not change; and one of
+    the file of weights that a run starts from, if it is there."""
+    found = {name: digest((Path(__file__).parents[1] / name).read_text("utf-8")) for name in FILES}
+    for file in (Path(weights), Path(weights, "last.pt")) if weights else ():
+        if file.is_file():
+            found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return found
 
 
 def digest(text):
@@ -37,7 +42,7 @@ def plain(node):
 
 def changed(before, now):
     """The files whose digests differ, in words, or ""."""
-    return ", ".join(name for name in before | now if before.get(name) != now.get(name))
+    return ", ".join(name for name in now if before.get(name) != now[name])
 
 
 def try_module(module, x):

@@ -31,6 +31,10 @@ def load_weights(net, source, trunk):
                                            for end, last in enumerate("." + key) if last == ".")]
     place, prefix, tensors = max(choices, key=lambda choice: len(fitting(*choice[1:])),
                                  default=("", "", {}))
+    if any(".se_module." in key for key in tensors):        # Cadene's, timm's legacy_seresnet50
+        raise UserError(f"{source} holds another SE network, which strides in another convolution "
+                        "and pools otherwise: shapes would fit, and answers be wrong; give weights "
+                        "of timm's seresnet50 or of torchvision's resnet50")
     taken = fitting(prefix, tensors)
     if not any(tensor.dim() for tensor in taken.values()):      # a mere counter fits any network
         raise UserError(f"no tensor of {source} fits this network in name and shape; give the "
@@ -39,16 +43,23 @@ def load_weights(net, source, trunk):
 
     new = [key for key in own if key not in taken]
     unused = [key for key in (key.removeprefix(prefix) for key in tensors) if key not in taken]
-    found = [f"weights: {len(taken)} tensors taken from {source}", place]
+    found = [f"{len(taken)} tensors taken from {source}", place]
     found += [f"names after {prefix}"] if prefix else []
-    return (f"{', '.join(filter(None, found))}; new: {len(new)} {new[:3]}; "
+    if lost := sum(".gate." in key for key in unused):
+        found.insert(0, f"{lost} tensors of trained gates fit none of this network's")
+    return (f"weights: {', '.join(filter(None, found))}; new: {len(new)} {new[:3]}; "
             f"unused: {len(unused)} {unused[:3]}")
 
 
 def tensor_dicts(content, place=""):
-    """Yield (place, dict) for each dict in a checkpoint that holds tensors by name."""
+    """Yield (place, dict) for each dict in a checkpoint that holds tensors by name.
+
+    timm's gates have the names of ours in them, and are made of 1x1 convolutions (se.fc1, se.fc2).
+    """
     if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items()
+        tensors = {key.replace(".se.fc1.", ".gate.reduce.").replace(".se.fc2.", ".gate.expand."):
+                   value.flatten(1) if ".se.fc" in key and value.dim() == 4 else value
+                   for key, value in content.items()
                    if isinstance(key, str) and torch.is_tensor(value)}
         if tensors:
             yield place, tensors

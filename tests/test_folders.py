@@ -1,9 +1,12 @@
 """Folders of images as other people and programs leave them."""
+import errno
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -16,7 +19,7 @@ from torchvision.transforms import v2
 import data
 import train
 from support.console import UserError
-from test_senetv2 import assert_equal, joined
+from test_senetv2 import HERE, assert_equal, joined
 from tests.conftest import (
     STATISTICS, add_image, complaint, end_workers, folder_flags, load_folder, passes, rename_class)
 
@@ -167,10 +170,18 @@ def test_names_that_are_not_utf8_or_would_clear_a_terminal_load_and_are_escaped(
     end_workers(source)
 
 
+def another_end(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1             # name and size stay
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize("change, same", [
     (lambda root: None, True), (add_image, False), (rename_class, False),
     (lambda root: os.truncate(root / "train/cat/cat_1.JPEG", 10**5), False),
-    (lambda root: os.truncate(root / "val/owl/owl_1.JPEG", 10**5), False)])
+    (lambda root: os.truncate(root / "val/owl/owl_1.JPEG", 10**5), False),
+    (lambda root: another_end(root / "val/owl/owl_1.JPEG", 0), False),
+    (lambda root: another_end(root / "train/cat/cat_2.JPEG", -1), False)])
 def test_another_file_class_or_size_is_another_folder_wherever_it_lies(change, same, folder,
                                                                        monkeypatch):
     before, some = load_folder(folder), load_folder(folder, images_per_class=5, train_images=7)
@@ -186,13 +197,17 @@ def test_another_file_class_or_size_is_another_folder_wherever_it_lies(change, s
 @pytest.mark.parametrize("spoil, said", [
     (lambda root, image: (root / "train/owl").rename(root / "train/elk"), "classes.*elk, owl"),
     (lambda root, image: (root / "train/elk").mkdir(), "no valid file for the classes elk"),
+    (lambda root, image: [(root / split / "owl").rename(root / split / name) for split, name in (
+        ("train", "cafe\u0301"), ("val", "caf\u00e9"))], r"'cafe\\u0301', 'caf\\xe9'"),
     (lambda root, image: (root / "train/cat/gone.png").symlink_to("nowhere"),
      "gone.png cannot be read .*remove it"),
     (lambda root, image: image.write_bytes(b"no image"), "cat_0.JPEG cannot be decoded"),
     (lambda root, image: os.truncate(image, 200), "cat_0.JPEG cannot be decoded .*(T|t)runcated"),
     (lambda root, image: image.unlink(), "cat_0.JPEG is not found"),
     (lambda root, image: Image.new("1", (20000, 20000)).save(image, "PNG"),
-     "cat_0.JPEG cannot be decoded .*decompression bomb"),
+     "cat_0.JPEG has more pixels than .*make it smaller"),
+    (lambda root, image: Image.new("L", (2, 300)).save(image, "PNG"),
+     r"cat_0.JPEG cannot be decoded .*2 x 300 pixels: too thin"),
 ])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_useless_folder_or_image_is_refused_in_one_line(spoil, said, workers, folder):
@@ -217,3 +232,80 @@ def test_folder_batches_do_not_depend_on_the_workers_which_start_once(workers, f
 
     assert_equal(list(source.train_batches(1, first_step=2)), expected[-16:])
     assert list(source.train_batches(1, first_step=18)) == []       # resumed before the evaluation
+
+
+def test_a_folder_too_many_above_the_classes_is_named(folder, capsys):
+    for split in ("train", "val"):
+        (folder / split).rename(folder / "away")
+        (folder / split).mkdir()
+        (folder / "away").rename(folder / split / "images")
+    text = complaint(capsys, *folder_flags(folder, folder / "run"))
+    assert "only one class, 'images', under" in text
+    assert "a folder too many?  It holds the folders ['cat', 'dog', 'owl']" in text
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "images/cat"), shutil.rmtree(folder / split / "images/dog")
+        (folder / split / "images/owl").rename(folder / split / "owl")
+        (folder / split / "images").rmdir()
+    assert "only one class, 'owl'" in complaint(capsys, *folder_flags(folder, folder / "run"))
+
+
+def test_a_link_to_a_folder_that_holds_it_adds_no_images(folder):
+    (folder / "train/cat/self").symlink_to(".")
+    (folder / "train/dog/up").symlink_to("..")
+    (folder / "train/dog/more").symlink_to(folder / "val/dog")      # no loop: its images count
+    source = load_folder(folder)
+    assert source.train_size == 36 + 3 and source.test_size == 9
+
+
+@pytest.mark.parametrize("image", [
+    lambda image: image.float() / 255, lambda image: image.numpy(), lambda image: image[:1],
+    lambda image: torch.cat([image, image[:1]]), lambda image: image.permute(1, 2, 0),
+    lambda image: image[None], lambda image: image.int(), lambda image: "star.png"])
+def test_preprocess_takes_only_what_it_can_tell(image):
+    prepare, whole = data.Preprocess("shapes"), torch.randint(0, 256, (3, 40, 50)).byte()
+    with pytest.raises(TypeError, match=r"takes what read_image\(path\) returns, uint8"):
+        prepare(image(whole))
+    picture = v2.functional.to_pil_image(whole)
+    assert_equal([prepare(picture), prepare(picture.convert("RGBA"))], [prepare(whole)] * 2)
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "predict"])
+def test_little_shared_memory_is_one_line_and_no_hang(program, folder, tmp_path):
+    limited = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", limited], capture_output=True).returncode:
+        pytest.skip("cannot give a program a /dev/shm of its own here")
+    flags = [*folder_flags(folder, tmp_path / "run"), "--image-size", "224"]
+    train.main(flags)
+    flags[flags.index("--workers") + 1] = "2"
+    command = dict(
+        train=["train.py", *flags, "--seed", "1", "--out", str(tmp_path / "other")],
+        evaluate=["-m", "tools.evaluate", *flags],
+        predict=["-m", "tools.predict", *flags, "--image", str(folder / "val/cat")])[program]
+    line = shlex.join([sys.executable, *command])
+    result = subprocess.run(["unshare", "-m", "sh", "-c", f"{limited}; {line}"], cwd=HERE,
+                            text=True, capture_output=True, timeout=120)
+    assert (result.returncode, result.stderr.count("\n")) == (
+        (0, 0) if program == "predict" else (1, 1)), result.stderr
+    assert program == "predict" or "--shm-size=1g), or pass --workers 0" in result.stderr
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_is_killed_is_one_line(workers, folder):
+    source = load_folder(folder, batch_size=2, workers=workers)
+    batches = source.train_batches(0)
+    next(batches)
+    for worker in source.loader._iterator._workers:
+        worker.kill()
+    with pytest.raises(UserError, match="a worker .* was killed.* fewer --workers goes on"):
+        list(batches)
+    end_workers(source)
+
+
+def test_too_many_open_files_are_told_with_the_way_out(folder, monkeypatch):
+    source = load_folder(folder)
+    for error in (OSError(errno.EMFILE, "Too many open files"), RuntimeError("0 items of ancdata")):
+        def fails(self, error=error):
+            raise error
+        monkeypatch.setattr(type(source.loader), "__iter__", fails)
+        with pytest.raises(UserError, match="ulimit -n 4096"):
+            list(source.test_batches())

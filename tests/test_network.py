@@ -156,6 +156,25 @@ def test_weights_that_cannot_be_read_are_refused_with_what_to_give_instead(tmp_p
     assert "new: 0 []; unused: 1 ['a']" in load_weights(net, "a.safetensors", "resnet50")
 
 
+def test_gates_of_timm_are_taken_and_those_of_cadene_refused(finished, tmp_path):
+    given, theirs = train.read_checkpoint(finished)["model"], {}
+    for key, value in given.items():
+        name = key.replace("gate.reduce", "se.fc1").replace("gate.expand", "se.fc2")
+        theirs[name] = value[:, :, None, None] if ".se." in name and value.dim() == 2 else value
+    torch.save(dict(state_dict=theirs), tmp_path / "timm.pth")
+    assert "layer1.0.se.fc1.weight" in theirs
+    net = build_model("senetv2", 10, SMALL)
+    assert "new: 0 []; unused: 0 []" in load_weights(net, tmp_path / "timm.pth", "resnet50")
+    assert_equal(dict(net.state_dict()), dict(given))
+
+    said = load_weights(build_model("senet", 10, SMALL), tmp_path / "timm.pth", "resnet50")
+    assert said.startswith("weights: 8 tensors of trained gates fit none of this network's")
+    torch.save({key.replace(".se.", ".se_module."): value for key, value in theirs.items()},
+               tmp_path / "cadene.pth")
+    with pytest.raises(UserError, match="another SE network.*of timm's seresnet50"):
+        load_weights(net, tmp_path / "cadene.pth", "resnet50")
+
+
 @pytest.mark.parametrize("name", senetv2.GATES)
 def test_any_gate_keeps_the_shape_and_lets_gradients_through(name):
     gate = build_model(name, 10, SMALL).layer1[0].gate

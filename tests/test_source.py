@@ -205,6 +205,21 @@ def test_digests_are_alike_under_all_versions_of_python():
     assert source.digest(CODE) == "6076fada19284b88"
 
 
+def test_weights_that_were_replaced_are_noticed(finished, whole, tmp_path, capsys):
+    weights = shutil.copy(finished / "last.pt", tmp_path / "w.pt")
+    flags = eight_steps("shapes", whole, tmp_path / "run", "--model", "senetv2", "--epochs", "1",
+                        "--weights", weights)
+    train.main(flags)
+    with open(weights, "ab") as file:
+        file.write(b"x")
+    assert f"other code: {weights} changed since" in complaint(capsys, *flags)
+    weights.unlink()                # no longer needed
+    train.main(flags)
+    assert "already finished" in capsys.readouterr().out
+    evaluate.main(["--checkpoint", str(tmp_path / "run")])
+    assert "changed" not in capsys.readouterr().out
+
+
 def test_evaluation_says_how_its_run_ended_and_on_which_images(whole, tmp_path, capsys):
     out = tmp_path / "run"
     train.main([*eight_steps("shapes", whole, out), "--hold-out", "40"])

@@ -89,22 +89,19 @@ def test_prediction_names_the_most_likely_classes(source, statistics, side, whol
     assert source == "folder" or len({*lines[1::6]}) == 3           # each image has its answer
 
 
-def test_one_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, tmp_path, capsys,
-                                                                       recwarn):
-    for path in [*folder.glob("*/dog"), *folder.glob("*/owl")]:
+def test_a_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, tmp_path, capsys,
+                                                                     recwarn):
+    for path in folder.glob("*/owl"):
         shutil.rmtree(path)
     for split in ("train", "val"):      # a class and a file whose names turn a terminal red
         (folder / split / "cat").rename(folder / split / "\033[31mcat")
     image = (folder / "val/\033[31mcat/cat_0.JPEG").rename(folder / "val/\033[31mcat/\033[31m.JPEG")
     train.main([*folder_flags(folder, tmp_path), "--train-images", "9"])
 
-    # Evaluation asks nothing of the training images: one is left, fewer than those 9 and a batch.
-    for path in sorted(folder.glob("train/*/*"))[1:]:
-        path.unlink()
     place = ["--checkpoint", str(tmp_path), "--data-dir", str(folder), "--workers", "0"]
     evaluate.main([*place])
     printed = capsys.readouterr().out
-    assert "3 test images" in printed and "top1 100" in printed
+    assert "6 test images" in printed
     assert "nan" not in printed and "top5" not in printed
     assert not recwarn.list
 
@@ -113,6 +110,11 @@ def test_one_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, t
                str(tmp_path / "sheet.png")])
     printed += capsys.readouterr().out
     assert "\033" not in printed and printed.count("\\x1b[31m") == 5
+
+    # Evaluation needs no training images.
+    shutil.rmtree(folder / "train")
+    evaluate.main([*place])
+    assert "6 test images" in capsys.readouterr().out
 
 
 def test_the_report_averages_last_epochs_and_pairs_by_seed(tmp_path, capsys):
@@ -220,7 +222,7 @@ def test_evaluation_looks_at_names_and_prints_where_it_cannot_draw(folder, tmp_p
     assert all(line in after for line in before if "gates.png" not in line)
 
     rename_class(folder)                    # three classes as before
-    assert "classes" in complaint(capsys, *place, main=evaluate.main)
+    assert "only in one of them: ['elk', 'owl']" in complaint(capsys, *place, main=evaluate.main)
 
 
 def test_intervals_are_those_of_students_t():
@@ -411,3 +413,31 @@ def test_results_on_held_out_images_are_a_table_of_their_own(tmp_path, capsys):
     assert "hold_out" not in first and "top-1: of the last" in first and "77.38" in first
     assert "hold_out 1000" in second and "top-1: on held-out images, of the last" in second
     assert "77.38" not in second
+
+
+def test_prediction_takes_files_folders_and_patterns_and_goes_on_after_a_broken_one(
+        finished, tmp_path, capsys, monkeypatch):
+    star = HERE / "assets" / "star.png"
+    for name in ("a b.png", "sub/c.PNG", "sub/d.png", "x1.jpg", "x2.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(star, tmp_path / name)
+    (tmp_path / "sub" / "notes.txt").touch()
+    (tmp_path / "sub" / "broken.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+
+    def said(*images):
+        code = 0
+        try:
+            predict.main(["--checkpoint", str(finished), "--image", *images])
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return [line for line in out.splitlines() if "%" not in line], err, code
+    assert said("a b.png") == (["a b.png"], "", 0)
+    assert said("x*.jpg", "a b.png") == (["x1.jpg", "x2.jpg", "a b.png"], "", 0)
+    names, error, code = said("sub", "x1.jpg")
+    assert (names, code) == (["sub/c.PNG", "sub/d.png", "x1.jpg"], 1)
+    assert "sub/broken.png cannot be decoded" in error and error.count("\n") == 1
+    names, error, code = said("x1.jpg x2.jpg", "a b.png")
+    assert (names, code) == (["a b.png"], 1)
+    assert "is not found; for several, give a folder or a pattern, or type python -m" in error

@@ -6,6 +6,9 @@ import json
 import math
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +22,7 @@ import train
 from senetv2 import build_model
 from support import checkpoint, console, hardware
 from support.console import UserError
-from test_senetv2 import SMALL, eight_steps, equal, rows
+from test_senetv2 import HERE, SMALL, eight_steps, equal, rows
 from tests.conftest import complaint, finished_flags, no_network
 
 
@@ -50,6 +53,7 @@ def test_a_run_keeps_its_rows_and_settings_and_is_trained_only_once(finished, ca
     ("--image-size 500000", "from 32 to"),
     ("--epochs 0", "from 1 to"), ("--batch-size x", "number"), ("--train-images -5", "from 0 to"),
     ("--lr nan", "from 0 to"), ("--lr inf", "from 0 to"), ("--weight-decay -1", "from 0 to 1"),
+    ("--lr=-1e-3", "-1e-3 is not a number from 0"), (f"--weights {'w' * 300}", "--out"),
     ("--name a/b", "letters, digits"), ("--name é", "letters, digits"),
     ("--train-images 11000 --hold-out 1001", "12000 training"), ("--hold-out 12000", "12000"),
     ("--image-size 31", "from 32 to"), (f"--seed {2**63}", str(2**63 - 1)),
@@ -350,3 +354,50 @@ def test_a_busy_machine_is_told_with_what_to_type(load, threads, said, monkeypat
     assert ("OMP_NUM_THREADS=1 before the command" in capsys.readouterr().out) == said
     hardware.say_if_busy(torch.device("cuda"))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("left, said", [
+    (dict(RANK="1"), "RANK is 1 and WORLD_SIZE 1"), (dict(WORLD_SIZE="2"), "WORLD_SIZE 2"),
+    (dict(RANK="", WORLD_SIZE="", LOCAL_RANK=""), None)])
+def test_what_a_launcher_has_left_is_named(left, said, whole, tmp_path):
+    flags = eight_steps("shapes", whole, tmp_path / "run", "--epochs", "1")
+    result = subprocess.run([sys.executable, HERE / "train.py", *flags], text=True,
+                            env=os.environ | left, capture_output=True)
+    assert (result.returncode == 0) == (said is None)
+    if said:
+        assert said in result.stderr and "unset RANK" in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_who_waits_for_other_processes_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    timers = []
+    monkeypatch.setattr(hardware.threading, "Timer", lambda seconds, *call: timers.append(
+        (seconds, call)) or SimpleNamespace(start=int, cancel=lambda: timers.append("cancelled")))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: timers.append(
+        backend))
+    hardware.start_processes("cpu")
+    (seconds, (function, *args)), *rest = timers
+    assert seconds <= 10 and rest == ["gloo", "cancelled"]
+    function(*args[0], **args[1])
+    assert capfd.readouterr().err == (
+        "waiting for 1 other processes; are there none, unset WORLD_SIZE\n")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args, settings = train.parse_args("--out ~/run --data-dir ~/images --weights ~/w.pt".split())
+    assert (args.out, args.data_dir, settings["weights"]) == (
+        tmp_path / "run", f"{tmp_path}/images", f"{tmp_path}/w.pt")
+
+
+@pytest.mark.parametrize("place, code", [("/dev/full", 1), (None, 0)])
+def test_output_that_cannot_be_written_is_named_and_a_closed_one_is_no_error(place, code, whole,
+                                                                             tmp_path):
+    flags = eight_steps("shapes", whole, tmp_path / "run", "--epochs", "1")
+    program = shlex.join([sys.executable, str(HERE / "train.py"), *flags])
+    result = subprocess.run(["sh", "-c", f"{program} >{place or '&-'}"], text=True,
+                            stderr=subprocess.PIPE)
+    assert result.returncode == code and result.stderr.count("\n") == code, result.stderr
+    assert not code or "standard output cannot be written (No space" in result.stderr

@@ -22,13 +22,14 @@ from torchvision.utils import save_image
 
 import train
 from senetv2 import GATES
+from support import flags
 from support.checkpoint import result_of
 from support.console import UserError, in_words, printable, say, world
 from support.hardware import on_host
 from train import SETTINGS, evaluate, load, open_data
 
-OPTIONS = {"checkpoint": (None, str, "what to evaluate: a run's folder or its last.pt; by default "
-                                     "the folder that the other flags name")}
+OPTIONS = {"checkpoint": (None, flags.path, "what to evaluate: a run's folder or its last.pt; by "
+                                            "default the folder that the other flags name")}
 FEW = 20        # up to so many classes, the page has the whole matrix, and names beside the gates
 
 
@@ -39,9 +40,11 @@ def run_evaluation(args, settings, device):
     path = Path(args.checkpoint or args.out)
     folder = path if path.is_dir() else path.parent
     net = load(path).to(device, memory_format=torch.channels_last)
-    data = open_data(args, net.settings | dict(train_images=0, hold_out=0), device)
+    data = open_data(args, net.settings | dict(train_images=0, hold_out=0), device, only_test=True)
     if data.classes != net.classes:
-        raise UserError(f"{path} was trained on classes other than those in {args.data_dir}")
+        different = sorted({*data.classes} ^ {*net.classes})[:5] or "their order"
+        raise UserError(f"{path} was trained on classes other than those in {args.data_dir}; only "
+                        f"in one of them: {different}")
 
     test, chances, predicted, means = look(net, data)
     labels = data.labels[data.train_size:].cpu()

@@ -11,13 +11,13 @@ from torchvision.utils import make_grid, save_image
 
 from data import DATASETS, load_data
 from support.console import errors_in_one_line, explained, say
-from support.flags import number, one_of, parser
+from support.flags import number, one_of, parser, path
 
 TABLE = {       # default, how it is read, meaning
     "dataset": ("shapes", one_of(DATASETS), "what to draw"),
-    "data_dir": ("data", str, "where its files are"),
+    "data_dir": ("data", path, "where its files are"),
     "image_size": (224, number(int, 1, 4096), "pixels per side, for folders"),
-    "out": (None, str, "the PNG to write; by default runs/DATASET.png"),
+    "out": (None, path, "the PNG to write; by default runs/DATASET.png"),
 }
 
 

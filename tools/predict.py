@@ -2,18 +2,25 @@
 
     python -m tools.predict --image cat.jpg --checkpoint runs/NAME
 """
+import glob
+import os
+import sys
+from pathlib import Path
+
 import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import train
-from data import read_image
+from data import ImageError, read_image
+from support import flags
 from support.console import UserError, say
 from support.hardware import on_host
 from train import load
 
 OPTIONS = {
-    "image": ([], str, "image files"),
-    "checkpoint": (None, str, "what to predict with: a run's folder or its last.pt; by default the "
-                              "folder that the other flags name"),
+    "image": ([], flags.path, "image files, folders of them, or patterns such as 'a/*.png'"),
+    "checkpoint": (None, flags.path, "what to predict with: a run's folder or its last.pt; by "
+                                     "default the folder that the other flags name"),
 }
 
 
@@ -25,12 +32,35 @@ def run_prediction(args, settings, device):
     net = load(args.checkpoint or args.out).to(device, memory_format=torch.channels_last)
     if len(net.history) < net.settings["epochs"]:
         say(f"the run is not finished: {len(net.history)} of {net.settings['epochs']} epochs")
-    for path in args.image:
-        logits = net(net.preprocess(read_image(path)).to(device))[0]
+    failed = 0
+    for path in [path for given in args.image for path in files_of(given)]:
+        try:
+            image = read_image(path)
+        except ImageError as error:
+            failed += 1
+            advice = "" if os.path.exists(path) else (
+                "; for several, give a folder or a pattern, or type python -m tools.predict "
+                "--image a.png b.png")
+            print(f"tools.predict: error: {error}{advice}", file=sys.stderr, flush=True)
+            continue
+        logits = net(net.preprocess(image).to(device))[0]
         best = on_host(logits).softmax(0).topk(min(5, len(net.classes)))
         say(path)
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
             say(f"{probability:8.2%}  {net.classes[index]}")
+
+
+    if failed:
+        sys.exit(1)
+
+
+def files_of(given):
+    """A file as it is; the images of a folder, at any depth; or what a pattern fits."""
+    if os.path.isdir(given):
+        return sorted(str(path) for path in Path(given).rglob("*")
+                      if path.suffix.lower() in IMG_EXTENSIONS)
+    found = [] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
+    return found or [given]
 
 
 def main(argv=None):
