@@ -179,7 +179,7 @@ def lock(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
     except OSError as error:
-        if (folder / "last.pt").exists():       # a read-only folder; a finished run can be shown
+        if os.path.exists(folder / "last.pt"):  # a read-only folder; a finished run can be shown
             return contextlib.nullcontext()
         raise UserError(f"{folder} cannot be a run's folder ({error.strerror}); pass another --out"
                         ) from None

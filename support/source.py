@@ -1,6 +1,7 @@
 """The reader's own code: what a run was trained with, and whether a module of his works."""
 import ast
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -14,9 +15,9 @@ def digests(weights=None):
     """File -> a digest of its code, which comments, docstrings and layout do not change; and one of
     the file of weights that a run starts from, if it is there."""
     found = {name: digest((Path(__file__).parents[1] / name).read_text("utf-8")) for name in FILES}
-    for file in (Path(weights), Path(weights, "last.pt")) if weights else ():
-        if file.is_file():
-            found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    for file in (weights, os.path.join(weights, "last.pt")) if weights else ():
+        if os.path.isfile(file):
+            found[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     return found
 
 

@@ -142,7 +142,7 @@ def test_what_is_edited_while_a_run_trains_does_not_count_for_it(whole, tmp_path
     began = source.digests()
 
     def open_data(*args, inner=train.open_data):
-        monkeypatch.setattr(source, "digests", lambda: began | {"senetv2.py": "edited"})
+        monkeypatch.setattr(source, "digests", lambda *args: began | {"senetv2.py": "edited"})
         return inner(*args)
     monkeypatch.setattr(train, "open_data", open_data)
     train.main(eight_steps("shapes", whole, tmp_path))
@@ -160,7 +160,7 @@ def test_half_of_a_run_is_not_trained_with_other_code_unless_asked(finished, who
         stop_at(6, flags, monkeypatch)
     before, code = (tmp_path / "last.pt").read_bytes(), source.digests() | {"data.py": "edited"}
     with monkeypatch.context() as patch:
-        patch.setattr(source, "digests", lambda: code)
+        patch.setattr(source, "digests", lambda weights=None: code)
         assert "other code: data.py changed since" in complaint(capsys, *flags)
         assert (tmp_path / "last.pt").read_bytes() == before
         named, _ = train.parse_args([*flags[:flags.index("--out")], "--name", "mine"])

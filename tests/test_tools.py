@@ -366,7 +366,7 @@ def test_the_report_compares_what_one_tries_with_what_it_was_made_from(tmp_path,
                         "minus senetv2", "in the paper"]
     found = {line[0]: line[3:-1] for line in lines}
     assert found["resnet"] == ["50.00 ± 0.00", "-", "-", "-", "-"]
-    assert found["senetv2 r=32 K=4, amax"] == [
+    assert found["senetv2 r=32 K=4 (= senet r=8), amax"] == [
         "62.00 ± 0.00", "+12.00 [+12.00, +12.00], across code", "-",
         "+2.00 [+2.00, +2.00], across code", "-"]
     assert found["amax"] == [       # it has neither r nor K
@@ -375,9 +375,11 @@ def test_the_report_compares_what_one_tries_with_what_it_was_made_from(tmp_path,
 
     report.main([str(tmp_path), "--minus", "amax"])
     head, *lines = table_rows(capsys.readouterr().out)
-    assert head[-2] == "minus amax" and lines[0][-2] == "-15.50 [-21.85, -9.15], across code"
+    found = {line[0]: line[-2] for line in lines}
+    assert head[-2] == "minus amax" and found["amax"] == "-"
+    assert found["resnet"] == "-15.50 [-21.85, -9.15], across code"
     text = complaint(capsys, tmp_path, "--minus", "amaxx", main=report.main)
-    assert "no row begins with 'amaxx'; there are amax; resnet; senetv2 r=32 K=4" in text
+    assert "no row begins with 'amaxx'; there are amax; resnet; senetv2 r=32 K=4 (" in text
 
 
 def test_runs_of_different_code_are_rows_of_their_own_and_of_one_code_the_later_counts(tmp_path,
