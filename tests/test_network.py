@@ -3,6 +3,7 @@ import argparse
 import pickle
 import re
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,10 +61,10 @@ def test_peers_are_torchvisions_and_fit_both_image_sizes(name, size):
 
 
 def test_a_gate_of_ones_own_is_any_module(folder, tmp_path, monkeypatch, capsys):
-    page = (HERE / "docs" / "workshop.md").read_text()
-    code, = [code for code in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    page = (HERE / "docs" / "exercises.md").read_text()
+    code, = [code for code in re.findall(r"^ *```python\n(.*?)^ *```", page, re.M | re.S)
              if "class Constant" in code]
-    exec(code, names := {})
+    exec(textwrap.dedent(code), names := {})
     monkeypatch.setitem(senetv2.GATES, "constant", names["Constant"])
     monkeypatch.setattr(senetv2, "OURS", (*OURS, "constant"))
     monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", str, "a gate"))
