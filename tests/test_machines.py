@@ -66,6 +66,22 @@ def test_a_run_in_16_bits_that_was_stopped_ends_alike(precision, whole, tmp_path
     assert float(rows(stopped)[-1]["test_loss"]) == pytest.approx(loss, rel=1e-5)
 
 
+def test_before_the_weights_move_the_gradient_is_that_of_the_loss_in_every_format(whole, tmp_path,
+                                                                                  monkeypatch):
+    norms, step = {}, torch.amp.GradScaler.step
+
+    def measure(scaler, optimizer):         # in the place of clipping
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.setdefault(precision, []).append(torch.cat(gradients).norm().item())
+        return step(scaler, optimizer)
+    monkeypatch.setattr(torch.amp.GradScaler, "step", measure)
+    for precision in ("float32", "bfloat16", "float16"):
+        train.main(eight_steps("shapes", whole, tmp_path / precision, "--precision", precision,
+                               "--epochs", "1", "--train-images", "8", "--model", "senetv2"))
+    (exact,), *others = norms.values()
+    assert exact > 0 and others == [[pytest.approx(exact, rel=0.1)]] * 2
+
+
 def test_a_gradient_that_overflows_skips_the_step_and_halves_the_scale(whole, tmp_path,
                                                                        monkeypatch):
     large_scale(monkeypatch, 2.0 ** 60)
