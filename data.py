@@ -11,8 +11,8 @@ worker processes.
 
 The batch of a step is a pure function of (seed, epoch, step).  So a run that was interrupted can
 repeat its batches exactly, and several processes can share the batches of one.  For this, all
-randomness is drawn on the CPU, from seeds made of (seed, epoch): the order of the images, and the
-crop and the flip of each.  Every process takes its share of the batch.
+randomness is drawn on the CPU, from seeds made of (seed, epoch), in folders also of the image's
+number: the order of the images, and the crop and the flip of each.  Every process takes its share.
 
 Why shuffle?  A step follows the gradient of its batch, so a batch should look like the whole set.
 If images came class by class, the network would learn each class and forget the one before.
@@ -89,8 +89,8 @@ def split(size, count, held_out, seed):
     """The indices of the first `count` and of the last `held_out` images of a seeded shuffle, each
     sorted.  If count is 0, all that are not held out come first."""
     if count + held_out > max(0, size - (count == 0)):
-        raise UserError(f"--train-images {count} and --hold-out {held_out} are more than the "
-                        f"{size} training images")
+        raise UserError(f"--train-images {count} and --hold-out {held_out} do not fit the {size} "
+                        "training images")
     order = np.random.default_rng([seed]).permutation(size)
     return np.sort(order[:count or size - held_out]), np.sort(order[size - held_out:])
 

@@ -7,9 +7,8 @@ rate:
 
     w  <-  w - lr * dL/dw
 
-SGD does just this.  (Ours adds Nesterov momentum: a part of the last move goes on.)  Adam, the
-default, takes an average of recent gradients instead of the last one, and divides it by their
-typical size.
+SGD does just this.  (Ours adds momentum, in Nesterov's form: a part of the last move goes on.)
+Adam, the default, takes an average of recent gradients, and divides it by their typical size.
 
 Softmax makes probabilities of the logits: p_k = exp(l_k) / sum over j of exp(l_j).  cross_entropy
 does this itself, and returns the mean of -log p over the batch, for the right classes.  backward
@@ -51,7 +50,7 @@ from support.weights import load_weights
 
 
 def forward_backward(model, state, autocast, images, labels):
-    """The gradients of a batch.  Returns its mean loss and its share of right answers, (2,).
+    """dL/dw of a batch, into w.grad.  Returns its mean loss and its share of right answers, (2,).
 
     A network that knows nothing gives all classes the same probability, 1/classes.  So the first
     loss should be near ln(classes): 2.3 for ten.  A much larger one hints at an error.
@@ -67,7 +66,7 @@ def forward_backward(model, state, autocast, images, labels):
 def train(state, model, autocast, compute, data, save_minutes):
     """Train from step `state.step` on.  (last.pt holds `state`: network, optimiser, scaler, ...)
 
-    model       the network; of several processes, backward() also averages their gradients
+    model       state.net, wrapped: in several processes, backward() also averages their gradients
     compute     forward_backward, or on a GPU its recording
     """
     settings, optimizer, scaler = state.settings, state.optimizer, state.scaler
@@ -78,7 +77,7 @@ def train(state, model, autocast, compute, data, save_minutes):
         # In training mode, batch norm uses the mean and deviation of each batch, and dropout drops.
         # In evaluation mode, the norm uses averages over many batches, and nothing is dropped: the
         # answer for an image does not depend on the others.
-        state.network.train()
+        state.net.train()
         first = state.step - epoch * data.steps     # above 0 only when resuming within an epoch
         batches = progress.watch(data.train_batches(epoch, first), data.batch_size)
 
@@ -109,7 +108,7 @@ def train(state, model, autocast, compute, data, save_minutes):
         speed = progress.images_per_second()
         state.history.append(dict(
             epoch=epoch + 1, lr=optimizer.param_groups[0]["lr"], train_loss=loss,
-            train_top1=100 * accuracy, **evaluate(state.network, data), images_per_second=speed))
+            train_top1=100 * accuracy, **evaluate(state.net, data), images_per_second=speed))
         write_metrics(state)
         progress.show_epoch(state.step, state.history[-1])
         save_if_due(state, save_minutes)            # always after the last epoch
@@ -143,9 +142,10 @@ def make_optimizer(net, settings):
 
     Weight decay adds decay * w to each gradient, a pull towards 0: of two networks that fit the
     data alike, we prefer the one with smaller weights.  (A batch norm undoes the size of the
-    weights before it; there, the pull keeps steps large, compared with the weights.)  Norms and
-    biases do not decay: they only scale and shift.  Adam divides this pull by the gradient's size,
-    like the rest.  AdamW (arXiv 1711.05101) would not; we do not use it.
+    weights before it; there, smaller weights mean that a step of one size changes more.)  Norms
+    and biases, which have one axis, do not decay: they only scale and shift.  Adam divides this
+    pull by the gradient's size, like the rest.  AdamW (arXiv 1711.05101) would not; we do not use
+    it.
     """
     groups = [dict(params=[p for p in net.parameters() if p.ndim > 1],
                    weight_decay=settings["weight_decay"]),
@@ -176,7 +176,7 @@ def evaluate(net, data):
     share_buffers(net)          # processes have running means of their own; all use the first's
     correct = in_five = loss_sum = count = 0
     for images, labels in data.test_batches():      # a share of each batch, which may be empty
-        # Not in 16 bits, where two large logits may be equal.  on_host: float64, for exact sums.
+        # Without autocast: in 16 bits, the logits of two classes may be equal.  Sums are float64.
         logits, labels = on_host(net(images)), labels.cpu()
         hits = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5), or fewer
         correct += hits[:, 0].sum().item()
@@ -231,7 +231,7 @@ SETTINGS = {        # what defines a result: default, how it is read, meaning
     "precision": (None, one_of(("float32", "bfloat16", "float16")),
                   "number format of products in training; by default by hardware"),
     "hold_out": (0, number(int, 0), "put so many training images in place of the test images"),
-    "seed": (0, number(int, 0, 2**63 - 1), "random seed of weights, order and augmentation"),
+    "seed": (0, number(int, 0, 2**63 - 1), "of weights, order, augmentation, and choice of images"),
     "name": ("", flags.name, "of what you try; it ends the run's name"),
 }
 USED_BY = {         # settings that only some networks or data sets have
@@ -317,7 +317,7 @@ def run_training(args, settings, device):
                 "--out")
         else:
             start_training(state, data, args, autocast)
-        if os.access(args.out, os.W_OK):            # what is lost is made again
+        if os.access(args.out, os.W_OK):            # once more, should one of them be lost
             write_metrics(state)
             write_config(state)
     say(f"done: {result_of(state.settings, state.history)}; saved in {args.out}")
@@ -325,10 +325,10 @@ def run_training(args, settings, device):
 
 def start_training(state, data, args, autocast):
     """Say what is about to be trained, write it down, and train."""
-    settings, net, rest = state.settings, state.network, data.train_size % data.batch_size
+    settings, net, rest = state.settings, state.net, data.train_size % data.batch_size
     state.machine = dict(parameters=sum(p.numel() for p in net.parameters()), files=data.files,
                          **hardware.describe_machine(data.device))
-    write_metrics(state)                # first: no rows of one run beside settings of another
+    write_metrics(state)            # first, lest old rows stand beside the settings of a new run
     write_config(state)
     say(f"{settings['model']} on {settings['dataset']}: {data.train_size:,} training and "
         f"{data.test_size:,} {test_images(settings)} of {len(data.classes)} classes")
@@ -341,8 +341,9 @@ def start_training(state, data, args, autocast):
         say(f"resuming after step {state.step}")
 
     # On a GPU, the kernels of the second step are recorded, and from then on replayed without
-    # Python: six times as fast on small images.  To print from forward_backward, or to debug it,
-    # pass --no-cuda-graph.
+    # Python: six times as fast on small images.  Python's numbers, such as a loss weight of your
+    # own that changes by epoch, stay as they were then.  To change or print them, pass
+    # --no-cuda-graph.
     record = (args.cuda_graph and data.device.type == "cuda" and world() == 1
               and not args.compile)
     try:

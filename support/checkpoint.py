@@ -23,7 +23,7 @@ class State:
     classes: list               # their names
     images: dict                # what identifies them: a run refuses to resume on others
     code: dict                  # what identifies it, by file
-    network: torch.nn.Module
+    net: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler    # of the loss, in float16
     measures: torch.Tensor      # (2, steps of an epoch): mean loss and share of right answers
@@ -40,12 +40,12 @@ class State:
         """Tensors and plain values, which torch.load reads without running code."""
         return dict(
             format=FORMAT, settings=self.settings, classes=self.classes, images=self.images,
-            code=self.code, model=self.network.state_dict(), optimizer=self.optimizer.state_dict(),
+            code=self.code, model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(), measures=self.measures, step=self.step,
             history=self.history, machine=self.machine)
 
     def load_state_dict(self, saved):
-        self.network.load_state_dict(saved["model"])
+        self.net.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(saved["scaler"])
         self.measures.copy_(saved["measures"])
@@ -105,7 +105,7 @@ def save(state):
 
 def check_finite(state):
     """Raises UserError if a loss or a weight is no longer finite; such weights are never saved."""
-    tensors = state.measures, *state.network.state_dict().values()
+    tensors = state.measures, *state.net.state_dict().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"before step {state.step}, a loss or a weight was no longer finite; "
                         "last.pt, if there is one, is older; try a smaller --lr")

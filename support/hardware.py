@@ -94,10 +94,10 @@ def parallel(model, compiled):
     return torch.compile(model) if compiled else model
 
 
-def share_buffers(network):
+def share_buffers(net):
     """Give all processes the running means of process 0."""
     if world() > 1:
-        for buffer in network.buffers():
+        for buffer in net.buffers():
             dist.broadcast(buffer, 0)
 
 

@@ -75,6 +75,7 @@ def test_before_the_weights_move_the_gradient_is_that_of_the_loss_in_every_forma
         norms.setdefault(precision, []).append(torch.cat(gradients).norm().item())
         return step(scaler, optimizer)
     monkeypatch.setattr(torch.amp.GradScaler, "step", measure)
+    large_scale(monkeypatch, 2.0 ** 4)      # without overflow
     for precision in ("float32", "bfloat16", "float16"):
         train.main(eight_steps("shapes", whole, tmp_path / precision, "--precision", precision,
                                "--epochs", "1", "--train-images", "8", "--model", "senetv2"))

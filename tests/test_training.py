@@ -143,7 +143,7 @@ def watched(out, monkeypatch, *flags):
             seen.rates.append(rate), inner(optimizer, rate)))
         patch.setattr(train, "evaluate", lambda net, data: dict(top1=0.0))
         patch.setattr(checkpoint, "save", lambda state: setattr(
-            seen, "end", state.network.state_dict()))
+            seen, "end", state.net.state_dict()))
         train.main([*map(str, flags), "--out", str(out)])
     return seen
 
@@ -301,8 +301,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(minutes, steps,
 
 @pytest.mark.parametrize("spoil", [
     lambda state: state.measures.fill_(math.nan),
-    lambda state: state.network.classifier[1].bias.data.fill_(math.inf),
-    lambda state: next(state.network.buffers()).fill_(math.nan)])
+    lambda state: state.net.classifier[1].bias.data.fill_(math.inf),
+    lambda state: next(state.net.buffers()).fill_(math.nan)])
 def test_nothing_infinite_is_saved_at_a_broken_image(spoil, whole, tmp_path, monkeypatch, capsys):
     def fails(state, *rest):
         spoil(state)
