@@ -262,7 +262,7 @@ class Folder(Images):
                  for path in (*paths, *test_paths)}
         self.files = digest_of(lines.values())
 
-        if images_per_class:
+        if images_per_class and len(paths):
             kept = first_of_each_class(paths, labels, images_per_class, seed)
             paths, labels = paths[kept], labels[kept]
         kept, held_out = split(len(labels), train_images, hold_out, seed)

@@ -123,8 +123,6 @@ def learning_rate(step, total, warmup, peak):
     Up, because at first the gradient changes much from step to step, and Adam has seen too few
     gradients to know their size.  Down, because each batch gives a noisy gradient: with small steps
     the noise averages out, and the weights settle.  (Try --warmup 0, or always return `peak`.)
-
-    Two steps have the peak rate: the last of the rise and the first after it.
     """
     rise = max(1, round(warmup * total))
     if step < rise:
@@ -284,7 +282,8 @@ def run_training(args, settings, device):
     """Train, or resume, or print the result of a run that is finished."""
     code = source.digests(settings["weights"])      # now: a file may be edited while it trains
     hardware.say_if_busy(device)
-    try_gates(settings)
+    if settings["model"] in GATES:
+        try_gates(settings)
     data = open_data(args, settings, device)
     share, rest = divmod(settings["batch_size"], world())
     if rest or share < 2 or not data.steps:
@@ -393,7 +392,8 @@ def load(path):
     .preprocess            turns an image, uint8 (3, H, W), into the batch of one that it expects
     """
     saved = read_checkpoint(path)
-    settings, classes = saved["settings"], saved["classes"]
+    settings = defaults(saved["settings"]["recipe"], saved["settings"]["dataset"])
+    settings, classes = settings | saved["settings"], saved["classes"]
     if settings["model"] not in OURS + PEERS:
         raise UserError(f"{path} was trained with the network {settings['model']!r}, which "
                         "senetv2.py does not have")

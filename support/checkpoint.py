@@ -42,7 +42,9 @@ class State:
             format=FORMAT, settings=self.settings, classes=self.classes, images=self.images,
             code=self.code, model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(), measures=self.measures, step=self.step,
-            history=self.history, machine=self.machine)
+            history=[{key: value.item() if hasattr(value, "item") else value
+                      for key, value in row.items()} for row in self.history],
+            machine=self.machine)
 
     def load_state_dict(self, saved):
         self.net.load_state_dict(saved["model"])
@@ -134,8 +136,8 @@ def replace_file(path, content):
 
 def write_metrics(state):
     """metrics.csv: one row per finished epoch."""
-    columns = list(state.history[0]) if state.history else []
-    cells = [columns, *([row[key] for key in columns] for row in state.history)]
+    columns = [*dict.fromkeys(key for row in state.history for key in row)]
+    cells = [columns, *([row.get(key) for key in columns] for row in state.history)]
     lines = [",".join("" if cell is None else str(cell) for cell in row) for row in cells]
     replace_file(state.folder / "metrics.csv", "\n".join(lines) + "\n")
 

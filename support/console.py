@@ -1,6 +1,7 @@
 """What the terminal shows: lines, progress, and errors in one line."""
 import contextlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -73,7 +74,7 @@ class Progress:
             say(f"step {step}/{self.total}  loss {loss:.3f}{self.left(step)}", end=end)
 
     def show_epoch(self, step, row):
-        waited = self.waited / self.seconds
+        waited = self.waited / max(self.seconds, 1e-9)
         words = f"  waited for images {waited:.0%}" if waited > 0.03 else ""
         say(in_words(row) + words + self.left(step))
 
@@ -98,12 +99,18 @@ class UserError(ValueError):
     """
 
 
+# What torch raises in the main process, wherever that is, when a loader's worker has been killed
+KILLED = re.compile(r"DataLoader worker \(pid|exited unexpectedly")
+
+
 @contextlib.contextmanager
 def explained(what, advice):
     """Turn whatever is raised, by torch most often, into one line: what, why, what to do."""
     try:
         yield
     except Exception as error:
+        if KILLED.search(str(error)):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{what} ({type(error).__name__}: {reason}); {advice}") from None
 
@@ -123,12 +130,15 @@ def errors_in_one_line(program, checkpoint=None):
     except (UserError, torch.OutOfMemoryError) as error:
         code, message = 1, f"error: {str(error).strip().splitlines()[0]}"
     except Exception as error:
-        if world() == 1:
+        code, message = 1, "error: the traceback above"
+        if KILLED.search(str(error)):
+            message = ("error: a worker that decodes images was killed, most often for want of "
+                       "memory; the same command with fewer --workers goes on")
+        elif world() == 1:
             raise
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        code, message = 1, "error: another process of this run has failed"
-        if not lost:
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            message = "error: another process of this run has failed"
+        else:
             traceback.print_exc()
-            message = "error: the traceback above"
     print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
     (os._exit if world() > 1 else sys.exit)(code)       # never wait for the other processes

@@ -3,6 +3,7 @@ import os
 
 PARENT = os.getppid()       # torchrun, if that started us; read before importing torch: seconds
 
+import contextlib
 import platform
 import signal
 import sys
@@ -33,15 +34,15 @@ def local_world():
 def start_processes(kind):
     """Prepare a kind of device, and meet the other processes.  Returns the device."""
     end_with_launcher()
+    if rank() >= world() or world() > 1 and "MASTER_ADDR" not in os.environ:
+        raise UserError(f"RANK is {rank()} and WORLD_SIZE {world()}, as after a launcher that has "
+                        "gone: unset RANK and WORLD_SIZE, or start several processes by torchrun")
     if kind == "cuda":
         if local_world() > torch.cuda.device_count():
             raise UserError("more processes than GPUs; start fewer, or pass --device cpu")
         torch.cuda.set_device(local_rank())             # what "cuda" means from here on
         torch.backends.cudnn.benchmark = True           # shapes hardly change: try kernels once
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
-    if rank() >= world() or world() > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(f"RANK is {rank()} and WORLD_SIZE {world()}, as after a launcher that has "
-                        "gone: unset RANK and WORLD_SIZE, or start several processes by torchrun")
     if world() > 1:
         text = f"waiting for {world() - 1} other processes; are there none, unset WORLD_SIZE"
         others = threading.Timer(10, print, [text], dict(file=sys.stderr, flush=True))
@@ -147,7 +148,9 @@ def on_host(tensor):
 def say_if_busy(device):
     """On a busy CPU, threads wait for each other: two of them trained 13 images/s instead of 437,
     and one of them 180."""
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    load = 0
+    with contextlib.suppress(OSError, AttributeError):          # not every system tells
+        load = os.getloadavg()[0]
     if device.type == "cpu" and torch.get_num_threads() > 1 and load > CORES / 2:
         say(f"this machine is busy (load {load:.1f}, {CORES} cores): with OMP_NUM_THREADS=1 before "
             "the command, this run may be faster (one thread rounds differently from two)")

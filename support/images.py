@@ -3,7 +3,6 @@ import errno
 import functools
 import hashlib
 import os
-import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -77,6 +76,9 @@ def as_read(image):
 # ------------------------------------------------------------------------ Between loader and worker
 
 
+TOO_MANY_FILES = "too many files are open; raise the limit (ulimit -n 4096), or pass --workers 0"
+
+
 def shared(*tensors):
     """In a worker, tensors in the memory that processes share.  The loader would put them there
     later, in a thread whose errors nobody sees."""
@@ -85,6 +87,8 @@ def shared(*tensors):
     try:
         return tuple(tensor.share_memory_() for tensor in tensors)
     except RuntimeError as error:
+        if "Too many open files" in str(error):
+            return UserError(TOO_MANY_FILES)
         return UserError(f"a batch of images finds no room in shared memory ({error}); give the "
                          "container more (--shm-size=1g), or pass --workers 0")
 
@@ -98,11 +102,7 @@ def from_workers(loader):
             yield batch
     except (RuntimeError, OSError) as error:
         if getattr(error, "errno", None) == errno.EMFILE or "ancdata" in str(error):
-            raise UserError("too many files are open; raise the limit (ulimit -n 4096), or pass "
-                            "--workers 0") from None
-        if re.search(r"DataLoader worker \(pid|exited unexpectedly", str(error)):
-            raise UserError("a worker that decodes images was killed, most often for want of "
-                            "memory; the same command with fewer --workers goes on") from None
+            raise UserError(TOO_MANY_FILES) from None
         raise
 
 

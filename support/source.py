@@ -6,7 +6,11 @@ from pathlib import Path
 
 import torch
 
-# The code through which numbers pass.  A reworded message must not make every run another.
+from support.console import explained
+
+# The code through which numbers pass.  Of support/, not what only talks or stores: a reworded
+# message there must not make every run another.  (A file of your own that these import is not
+# watched; what one run trained with it, NAME can tell from the next.)
 FILES = ("senetv2.py", "data.py", "train.py", "support/hardware.py", "support/images.py",
          "support/shapes.py", "support/weights.py")
 
@@ -14,10 +18,12 @@ FILES = ("senetv2.py", "data.py", "train.py", "support/hardware.py", "support/im
 def digests(weights=None):
     """File -> a digest of its code, which comments, docstrings and layout do not change; and one of
     the file of weights that a run starts from, if it is there."""
-    found = {name: digest((Path(__file__).parents[1] / name).read_text("utf-8")) for name in FILES}
+    root = Path(__file__).parents[1]
+    found = {name: digest((root / name).read_text("utf-8-sig")) for name in FILES}
     for file in (weights, os.path.join(weights, "last.pt")) if weights else ():
         if os.path.isfile(file):
-            found[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+            with explained(f"{file} cannot be read", "give weights that can"):
+                found[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     return found
 
 
@@ -49,7 +55,7 @@ def changed(before, now):
 def try_module(module, x):
     """One pass forward and back.  Raises TypeError, with the place of the module's forward, unless
     its output is a tensor of the shape and the type of x."""
-    y = module(x)
+    y = module(x.detach().requires_grad_() * 1)     # no leaf: a module may work in place
     if not (torch.is_tensor(y) and (y.shape, y.dtype) == (x.shape, x.dtype)):
         place, found = type(module).forward.__code__, type(y).__name__
         if torch.is_tensor(y):

@@ -1,6 +1,7 @@
 """Folders of images as other people and programs leave them."""
 import errno
 import hashlib
+import multiprocessing
 import os
 import re
 import shlex
@@ -294,16 +295,18 @@ def test_little_shared_memory_is_one_line_and_no_hang(program, folder, tmp_path)
     assert program == "predict" or "--shm-size=1g), or pass --workers 0" in result.stderr
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_that_is_killed_is_one_line(workers, folder):
-    source = load_folder(folder, batch_size=2, workers=workers)
-    batches = source.train_batches(0)
-    next(batches)
-    for worker in source.loader._iterator._workers:
-        worker.kill()
-    with pytest.raises(UserError, match="a worker .* was killed.* fewer --workers goes on"):
-        list(batches)
-    end_workers(source)
+@pytest.mark.parametrize("place", ["forward_backward", "seed_step"])
+def test_a_worker_that_is_killed_is_one_line_wherever_the_run_is(place, folder, tmp_path,
+                                                                 monkeypatch, capsys):
+    def kill(*args, inner=getattr(train, place)):
+        for child in multiprocessing.active_children():
+            child.kill()
+        for child in multiprocessing.active_children():
+            child.join()                # torch is told of it by a signal, here
+        return inner(*args)
+    monkeypatch.setattr(train, place, kill)
+    text = complaint(capsys, *folder_flags(folder, tmp_path / "run", workers=2))
+    assert re.search("a worker .* was killed.* fewer --workers goes on", text)
 
 
 def test_too_many_open_files_are_told_with_the_way_out(folder, monkeypatch):

@@ -72,6 +72,16 @@ def test_a_mistake_in_a_gate_shows_its_line_before_the_data_are_read(body, whole
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("body", ["return x * torch.sigmoid(x)", "return x", "return x.mul_(0.5)",
+                                  "return x * torch.sigmoid(self.reduce(x.mean((2, 3)))"
+                                  "[..., None, None])"])
+def test_a_gate_that_is_right_is_let_through(body, whole, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(GATE.format(body=body))
+    monkeypatch.setitem(senetv2.GATES, "senet", load_file(tmp_path / "mine.py").Mine)
+    _, settings = train.parse_args(["--model", "senet"])
+    train.try_gates(settings)
+
+
 @pytest.mark.parametrize("place, name, body", [
     (train, "forward_backward", "def mine(model, state, autocast, images, labels):\n"
                                 "    return logits.mean()\n"),

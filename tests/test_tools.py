@@ -111,7 +111,8 @@ def test_a_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, tmp
     printed += capsys.readouterr().out
     assert "\033" not in printed and printed.count("\\x1b[31m") == 5
 
-    # Evaluation needs no training images.
+    # Evaluation needs no training images, whatever was chosen of them.
+    edited(lambda saved: saved["settings"].update(images_per_class=3))(tmp_path / "last.pt")
     shutil.rmtree(folder / "train")
     evaluate.main([*place])
     assert "6 test images" in capsys.readouterr().out
@@ -397,7 +398,14 @@ def test_runs_of_different_code_are_rows_of_their_own_and_of_one_code_the_later_
     a, b = sorted((name for name in found if ", code " in name), key=lambda name: found[name][1])
     assert found["resnet"][:2] == ["1", "50.00"] and re.fullmatch("resnet, code [0-9a-f]{4}", a)
     assert found[a][:2] == ["2", "60.50 ± 0.71"] and found[b][:2] == ["1", "70.00"]
-    assert found["vit"][2] == "+30.00 (seed 0 alone)"       # of equally many seeds, the first row
+    assert found["vit"][2] == "+30.00 (seed 0 alone)"       # of equally many seeds, the same code
+    report.main([str(tmp_path), "--minus", b])              # a row is named with its code, too
+    found = {line[0]: line[-2] for line in table_rows(capsys.readouterr().out)}
+    assert found[b] == "-" and found[a] == "-10.00 (seed 0 alone, across code)"
+    report.main([str(tmp_path), "--minus", "resnet"])       # or without: then never from itself
+    head, *lines = table_rows(capsys.readouterr().out)
+    found = {line[0]: line[head.index("minus resnet")] for line in lines}
+    assert "-" not in (found["resnet"], found[a], found[b])
     assert f"{tmp_path / '4'}: top-1 69.00%; the table uses {tmp_path / '3'}, with the same" in text
 
     shutil.rmtree(tmp_path / "0")           # a label of one code needs no code

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import data
 import train
-from senetv2 import OURS, AggregatedSqueezeExcitation, build_model
+from senetv2 import OURS, STEMS, AggregatedSqueezeExcitation, build_model
+from support.flags import four_stages, one_of, path
 from support.hardware import choose_precision
 from test_senetv2 import LiteralBranches
 
@@ -61,12 +62,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="tools.bench",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name, kind, default, meaning in (
-            ("layers", str, "3,4,6,3", "bottlenecks per stage"),
-            ("stem", str, "imagenet", "as in train.py"),
+            ("layers", four_stages, "3,4,6,3", "bottlenecks per stage"),
+            ("stem", one_of(STEMS), "imagenet", "as in train.py"),
             ("batch-size", int, 128, "images per step"),
             ("image-size", int, 32, "pixels per side"),
             ("dataset", str, "shapes", f"of the loader: {', '.join(data.DATASETS)}"),
-            ("data-dir", str, "data", "where its files are"),
+            ("data-dir", path, "data", "where its files are"),
             ("seconds", float, 60, "how long to measure training")):
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
     parser.add_argument("--compile", action="store_true", help="use torch.compile")

@@ -81,7 +81,8 @@ def look(net, data):
         factors = gate.scale(*inputs).flatten(1)                                # (B, channels)
         if gate not in sums:
             sums[gate] = factors.new_zeros(len(data.classes), factors.shape[1])
-        sums[gate].index_add_(0, labels[position:position + len(factors)], factors)
+        here = labels[position:position + len(factors)]         # in folders, on the CPU
+        sums[gate].index_add_(0, here.to(factors.device), factors)
 
     def look_at_answer(net, images, logits):
         nonlocal position

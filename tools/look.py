@@ -43,9 +43,9 @@ def main(argv=None):
             out.parent.mkdir(parents=True, exist_ok=True)
             save_image(sheet, out)
 
-    for row, name in enumerate(data.classes[:100], start=1):
-        say(f"row {row:3d}  {name}")
-    say(f"{out}: five images per row, each followed by its augmented version")
+        for row, name in enumerate(data.classes[:100], start=1):
+            say(f"row {row:3d}  {name}")
+        say(f"{out}: five images per row, each followed by its augmented version")
 
 
 if __name__ == "__main__":

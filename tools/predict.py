@@ -57,10 +57,12 @@ def run_prediction(args, settings, device):
 def files_of(given):
     """A file as it is; the images of a folder, at any depth; or what a pattern fits."""
     if os.path.isdir(given):
-        return sorted(str(path) for path in Path(given).rglob("*")
-                      if path.suffix.lower() in IMG_EXTENSIONS)
+        paths = [path for path in sorted(Path(given).rglob("*")) if path.is_file()
+                 and path.suffix.lower() in IMG_EXTENSIONS
+                 and not any(part.startswith(".") for part in path.relative_to(given).parts)]
+        return [*map(str, paths)] or [os.path.join(given, "*.png")]         # is not found
     found = [] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
-    return found or [given]
+    return [path for place in found for path in files_of(place)] or [given]
 
 
 def main(argv=None):

@@ -51,7 +51,7 @@ def run_report(folders, minus=None):
     tables = {}
     for (shared, name, seed, code), runs in found.items():
         # Published runs do not say when they finished: of those, the first of the alphabet counts.
-        used = max(runs, key=lambda run: run.get("finished") or "")
+        used = max(runs, key=lambda run: str(run.get("finished") or ""))
         for run in runs:
             if run is not used and run["top1"][-1] != used["top1"][-1]:
                 left_out.append(
@@ -92,9 +92,9 @@ def told_apart(rows):
 
 
 def starts_with(row, name):
-    """Whether `row` is called `name`, apart from code and what stands in brackets."""
-    return row.replace(" (= senet r=8)", "").partition(", code ")[0] == name.replace(
-        " (= senet r=8)", "")
+    """Whether `row` is called `name`, which may leave out code and what stands in brackets."""
+    row, name = (text.replace(" (= senet r=8)", "") for text in (row, name))
+    return name in (row, bare(row))
 
 
 def read_run(path):
@@ -171,7 +171,7 @@ def print_results(shared, networks, minus):
         palette = ",".join(COLOURS[:max(9, len(ordered))])
         theme = {"themeVariables": {"xyChart": {"plotColorPalette": palette}}}
         print(f"\n```mermaid\n%%{{init: {json.dumps(theme)}}}%%\nxychart-beta\n"
-              f'    title "{shared["dataset"]}: test top-1 (%) by epoch, mean over seeds"\n'
+              f'    title "{shared["dataset"]}: top-1 (%) by epoch, mean over seeds"\n'
               f'    x-axis "epoch" 1 --> {shared["epochs"]}\n    y-axis "top-1 (%)"')
         for name in ordered:
             means = map(statistics.fmean, zip(*(run["top1"] for run in networks[name].values())))
@@ -190,7 +190,7 @@ def bare(name):
 
 
 def start_of(name):
-    return ZERO_INIT if ZERO_INIT in name else ""
+    return ZERO_INIT if bare(name).partition(", ")[0].endswith(ZERO_INIT) else ""
 
 
 def same_without_a_name(name):
@@ -211,11 +211,14 @@ ALWAYS = ("resnet", "senet r=32")
 
 def difference(networks, name, base):
     """`name` minus `base` over their common seeds: the mean and its 95% interval, in words.  Of
-    several rows that are called `base`, with different code, the one of most common seeds."""
+    several rows that are called `base`, with different code, the one of most common seeds; of
+    these, the one whose code is most often the same."""
     runs = networks[name]
-    rows = [seeds for other, seeds in networks.items() if base and starts_with(other, base)]
-    others = max(rows, key=lambda seeds: len(seeds.keys() & runs), default={})
-    seeds = [seed for seed in runs if seed in others and others is not runs]
+    rows = [seeds for other, seeds in networks.items()
+            if base and starts_with(other, base) and seeds is not runs]
+    others = max(rows, default={}, key=lambda seeds: (len(seeds.keys() & runs), sum(
+        runs[seed]["code"] == seeds[seed]["code"] for seed in seeds.keys() & runs)))
+    seeds = [seed for seed in runs if seed in others]
     gaps = [runs[seed]["top1"][-1] - others[seed]["top1"][-1] for seed in seeds]
     across = "".join(f", across {key}" for key in ("machines", "code")
                      if any(runs[seed][key] != others[seed][key] for seed in seeds))

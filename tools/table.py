@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from senetv2 import STEMS, build_model
 from support.console import errors_in_one_line
+from support.flags import number
 
 
 ROWS = {    # label -> settings of build_model
@@ -58,7 +59,7 @@ def main(argv=None):
         description="Print parameters and multiply-adds of the networks, beside the paper's.",
         usage=argparse.SUPPRESS,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--image-size", type=int, default=32, help="pixels per side")
+    parser.add_argument("--image-size", type=number(int, 1), default=32, help="pixels per side")
     parser.add_argument("--stem", choices=STEMS, default="imagenet", help="first layer")
     args = parser.parse_args(argv)
     with errors_in_one_line("tools.table"):
