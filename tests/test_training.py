@@ -234,10 +234,10 @@ def test_checkpoints_come_by_the_clock_and_at_the_end(monkeypatch):
     monkeypatch.setattr(checkpoint, "check_finite", lambda state: None)
     monkeypatch.setattr(checkpoint, "replace_file", lambda path, content: saved.append(now))
     state = SimpleNamespace(finished=False, saved_at=0, folder=Path(), state_dict=dict, machine={})
-    for now in range(0, 400, 10):
-        state.finished = now == 390
+    for now in range(0, 310, 10):
+        state.finished = now == 300
         checkpoint.save_if_due(state, 2)
-    assert saved == [130, 260, 390]
+    assert saved == [130, 260, 300]
 
 
 def test_dropout_differs_by_seed_process_and_step(monkeypatch):
