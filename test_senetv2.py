@@ -44,21 +44,12 @@ def same_start():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """On a busy machine, two threads wait for each other.  Child processes read the variable."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def shapes_drawn_once():
-    data.draw_shapes = functools.cache(data.draw_shapes)        # they take seconds
-
-
-@pytest.fixture(autouse=True, scope="session")
-def on_the_cpu():
-    """There equality to the bit is promised.  A test that needs the GPU passes --device cuda."""
+def plain_machine():
+    """On the CPU, equality to the bit is promised; two threads would wait for others' programs."""
     train.OPTIONS["device"] = ("cpu", *train.OPTIONS["device"][1:])
+    os.environ["OMP_NUM_THREADS"] = "1"                         # of child processes
+    torch.set_num_threads(1)
+    data.draw_shapes = functools.cache(data.draw_shapes)        # they take seconds
 
 
 def parameters(module):

@@ -80,8 +80,8 @@ TOO_MANY_FILES = "too many files are open; raise the limit (ulimit -n 4096), or 
 
 
 def shared(*tensors):
-    """In a worker, tensors in the memory that processes share.  The loader would put them there
-    later, in a thread whose errors nobody sees."""
+    """In a worker, tensors in shared memory, where the loader puts them later, in a thread whose
+    errors nobody sees."""
     if get_worker_info() is None:
         return tensors
     try:
@@ -121,10 +121,9 @@ def list_splits(root, only_test=False):
         raise UserError(f"train/ and val/ under {root} hold different classes; only in one of "
                         f"them: {printable(', '.join([*different][:5]))}")
     if len(classes) == 1:
-        below = sorted(entry.name for entry in os.scandir(os.path.join(root, "val", *classes))
-                       if entry.is_dir())
-        advice = f"is it a folder too many?  It holds the folders {below[:3]}" if below else (
-            "a network cannot learn to tell it from another")
+        inside = os.scandir(os.path.join(root, "val", *classes))
+        below = sorted(entry.name for entry in inside if entry.is_dir())
+        advice = f"is it a folder too many?  It holds the folders {below[:3]}" if below else "add one"
         raise UserError(printable(f"only one class, {classes[0]!r}, under {root}: {advice}"))
     if left_out:
         say(f"files left out, by ending: {dict(left_out)}")

@@ -16,7 +16,7 @@ import data
 import train
 from senetv2 import build_model
 from test_senetv2 import (  # noqa
-    HERE, SMALL, on_the_cpu, one_thread, same_start, save_image, shapes_drawn_once, whole)
+    HERE, SMALL, plain_machine, same_start, save_image, whole)
 
 
 @pytest.fixture

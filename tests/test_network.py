@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import senetv2
 import train
-from senetv2 import OURS, SqueezeExcitation, build_model
+from senetv2 import OURS, AggregatedSqueezeExcitation, SqueezeExcitation, build_model
 from support.console import UserError
 from support.weights import load_weights
 from test_senetv2 import HERE, SMALL, assert_equal, eight_steps, same_result, stop_at
@@ -62,9 +63,13 @@ def test_peers_are_torchvisions_and_fit_both_image_sizes(name, size):
 
 def test_a_gate_of_ones_own_is_any_module(folder, tmp_path, monkeypatch, capsys):
     page = (HERE / "docs" / "exercises.md").read_text()
-    code, = [code for code in re.findall(r"^ *```python\n(.*?)^ *```", page, re.M | re.S)
-             if "class Constant" in code]
-    exec(textwrap.dedent(code), names := {})
+    names = dict(torch=torch, nn=nn, F=F, AggregatedSqueezeExcitation=AggregatedSqueezeExcitation)
+    for code in re.findall(r"^ *```py\n(.*?)^ *```", page, re.M | re.S):      # as in senetv2.py
+        exec(textwrap.dedent(code), names)
+    x = torch.randn(2, 64, 5, 5)
+    scale = names["Softmax"](64).scale(x)
+    assert scale.shape == (2, 64, 1, 1)
+    torch.testing.assert_close(scale.sum(1).flatten(), torch.ones(2))
     monkeypatch.setitem(senetv2.GATES, "constant", names["Constant"])
     monkeypatch.setattr(senetv2, "OURS", (*OURS, "constant"))
     monkeypatch.setitem(train.SETTINGS, "model", ("senetv2", str, "a gate"))
