@@ -136,7 +136,7 @@ def test_above_twenty_classes_the_ten_most_frequent_confusions_are_listed(
     labels = torch.cat([torch.arange(100), torch.randint(100, (300,)), predicted[400:]])
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     edited(lambda saved: saved.update(classes=names, model=net.state_dict()))(tmp_path / "last.pt")
-    monkeypatch.setattr(evaluate, "open_data", lambda *args: in_memory(
+    monkeypatch.setattr(evaluate, "open_data", lambda *args, **options: in_memory(
         (images[:64], labels[:64]), (images, labels), names))
     page = sections_after_evaluation(tmp_path)
 

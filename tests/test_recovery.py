@@ -183,8 +183,14 @@ def test_a_broken_image_costs_nothing_that_was_trained(split, workers, whole, tm
     image, flags = tmp_path / "images" / split / "bar" / "0.png", eight_steps(
         "folder", tmp_path, tmp_path / "run", "--workers", workers)
     good = image.read_bytes()
-    image.write_bytes(good[:60] + bytes(len(good) - 60))            # of the same size
-    text = complaint(capsys, *flags)
+
+    def broken_since(*args, inner=train.open_data):
+        opened = inner(*args)
+        image.write_bytes(good[:60] + bytes(len(good) - 60))
+        return opened
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_data", broken_since)
+        text = complaint(capsys, *flags)
     assert f"{image} cannot be decoded" in text and f"--weights {tmp_path / 'run/last.pt'}" in text
     assert train.read_checkpoint(tmp_path / "run")["step"] <= 4
 
