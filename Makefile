@@ -47,6 +47,8 @@ $(if $(call typed,NPROC),$(if $(shell test '$(NPROC)' -ge 1 2>/dev/null && echo 
 PYTHON = .venv/bin/python
 READY := $(if $(call typed,PYTHON)$(call typed,TRAIN),,.venv/ready)
 
+AFTER_ONE = make evaluate, or make predict IMAGE=file, with the same variables
+
 # Several processes, one per GPU; without GPUs they share the cores.
 LAUNCHER = -m torch.distributed.run --standalone --nproc-per-node $(NPROC)
 TRAIN = $(PYTHON)$(if $(call typed,NPROC), $(LAUNCHER)) train.py
@@ -88,7 +90,7 @@ help:  ## this list
 train: $(READY)  ## train, or resume: DATASET=shapes|cifar10|cifar100|imagenet|folder MODEL=... ...
 	$(if $(call typed,SEEDS),@set -e; for seed in $(SEEDS); do $\
 	  $(TRAIN)$(FLAGS) --seed $$seed; done,$(TRAIN)$(FLAGS))
-	@echo "next: make evaluate, or make predict IMAGE=file, with the same variables; of several runs: make report"
+	@echo "next: $(if $(call typed,SEEDS),make report,$(AFTER_ONE))"
 
 evaluate: $(READY)  ## accuracy, and a page to look at: CHECKPOINT=... or the variables of train
 	$(PYTHON) -m tools.evaluate$(call flags,CHECKPOINT)$(FLAGS)

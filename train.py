@@ -59,7 +59,7 @@ def forward_backward(model, state, autocast, images, labels):
         logits = model(images)                                                  # (B, classes)
         loss = F.cross_entropy(logits, labels, label_smoothing=state.settings["label_smoothing"])
     state.optimizer.zero_grad()             # backward adds to w.grad: forget the last step's
-    state.scaler.scale(loss).backward()     # scale: in float16 alone, lest small gradients become 0
+    state.scaler.scale(loss).backward()     # in float16, scaled up, lest small ones become 0
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).float().mean()])
 
 
@@ -88,7 +88,7 @@ def train(state, model, autocast, compute, data, save_minutes):
             measured = compute(model, state, autocast, images, labels)      # and dL/dw, in w.grad
 
             scaler.unscale_(optimizer)      # the scaler acts in float16 alone
-            # Here w.grad is dL/dw, in every number format: print it or clip it here.
+            # Here p.grad of each parameter p is dL/dp, in every number format: clip or say() it.
             scaler.step(optimizer)          # move the weights, unless a gradient overflowed
             scaler.update()
 
@@ -100,9 +100,9 @@ def train(state, model, autocast, compute, data, save_minutes):
 
         # Training loss and accuracy are means over the epoch, of weights that still changed and of
         # augmented images; test figures are of the weights at its end, and of images as they are.
-        # With label smoothing, the training loss includes it, and the test loss does not.
-        # So early in a run, test results may be better.  If training accuracy is far above test
-        # accuracy, the network overfits: it has memorised its training images.
+        # So early in a run, test results may be better.  (With label smoothing, the training loss
+        # includes it, and the test loss does not.)  Training accuracy far above test accuracy means
+        # overfitting: the network has memorised its training images.
         check_finite(state)
         loss, accuracy = (row.mean().item() for row in state.measures)
         speed = progress.images_per_second()
@@ -323,7 +323,7 @@ def run_training(args, settings, device):
 
 
 def start_training(state, data, args, autocast):
-    """Say what is about to be trained, write it down, and train."""
+    """Say what is trained, write it down, and train."""
     settings, net, rest = state.settings, state.net, data.train_size % data.batch_size
     state.machine = dict(parameters=sum(p.numel() for p in net.parameters()), files=data.files,
                          **hardware.describe_machine(data.device))
@@ -334,8 +334,7 @@ def start_training(state, data, args, autocast):
     say(" ".join(f"{key}={value}" for key, value in (settings | state.machine).items()
                  if used(key, settings) and value not in (None, "")))
     left_out = f"; each epoch leaves out {rest} images, not always the same" if rest else ""
-    say(f"{data.steps} steps per epoch, {data.batch_size // world()} images per step and process"
-        + left_out)
+    say(f"{data.steps} steps per epoch, {data.batch_size // world()} images per process{left_out}")
     if state.step:
         say(f"resuming after step {state.step}")
 
@@ -378,10 +377,11 @@ def build_network(settings, classes):
 
 
 def try_gates(settings):
-    """A mistake in a gate shows now, with file and line, and not after the data have been read."""
+    """A mistake in a gate shows now, with file and line, not after the data have been read."""
     for block in build_network(settings, ["one", "other"]).modules():
         if hasattr(block, "gate"):
-            source.try_module(block.gate, torch.randn(2, block.conv3.out_channels, 8, 8))
+            for side in (8, 1):         # of 32 pixels, the last stage leaves one
+                source.try_module(block.gate, torch.randn(2, block.conv3.out_channels, side, side))
 
 
 def load(path):

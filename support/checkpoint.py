@@ -110,7 +110,8 @@ def check_finite(state):
     tensors = state.measures, *state.net.state_dict().values()
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"before step {state.step}, a loss or a weight was no longer finite; "
-                        "last.pt, if there is one, is older; try a smaller --lr")
+                        "last.pt, if there is one, is older; try a smaller --lr, or, after an "
+                        "edit, look there first")
 
 
 def replace_file(path, content):
@@ -159,7 +160,8 @@ def read_checkpoint(path):
     """
     path = Path(path, "last.pt") if Path(path).is_dir() else Path(path)
     if not path.exists():
-        raise UserError(f"no checkpoint {path}; train first, or give a run's folder")
+        raise UserError(f"no checkpoint {path}; train first, or give the flags of a run, or its "
+                        "folder")
     with usable(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)     # no file can run code
         written, _ = saved.get("format"), dict(**saved["settings"])         # or it is not ours

@@ -80,8 +80,7 @@ TOO_MANY_FILES = "too many files are open; raise the limit (ulimit -n 4096), or 
 
 
 def shared(*tensors):
-    """In a worker, tensors in shared memory, where the loader puts them later, in a thread whose
-    errors nobody sees."""
+    """In a worker, tensors in shared memory; the loader's own thread for it fails unseen."""
     if get_worker_info() is None:
         return tensors
     try:
@@ -123,8 +122,8 @@ def list_splits(root, only_test=False):
     if len(classes) == 1:
         inside = os.scandir(os.path.join(root, "val", *classes))
         below = sorted(entry.name for entry in inside if entry.is_dir())
-        advice = f"is it a folder too many?  It holds the folders {below[:3]}" if below else "add one"
-        raise UserError(printable(f"only one class, {classes[0]!r}, under {root}: {advice}"))
+        advice = f": is it a folder too many?  It holds the folders {below[:3]}" if below else ""
+        raise UserError(printable(f"only one class, {classes[0]!r}, under {root}{advice}"))
     if left_out:
         say(f"files left out, by ending: {dict(left_out)}")
     return classes, train, test

@@ -63,4 +63,7 @@ def try_module(module, x):
         raise TypeError(f"{type(module).__name__}.forward (file \"{place.co_filename}\", line "
                         f"{place.co_firstlineno}) returned {found}; its input was {x.dtype}, "
                         f"{tuple(x.shape)}, and its output must be alike")
+    if not y.isfinite().all():
+        raise ValueError(f"the forward of {type(module).__name__} returned numbers that are not "
+                         f"finite, for an input of {tuple(x.shape)}")
     y.sum().backward()

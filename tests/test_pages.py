@@ -58,8 +58,7 @@ def test_only_what_was_typed_for_this_make_counts(target):
         "-n", target, "PYTHON=python3")
 
 
-NEXT = ("echo 'next: make evaluate, or make predict IMAGE=file, with the same variables; of "
-        "several runs: make report'")
+NEXT = "echo 'next: make evaluate, or make predict IMAGE=file, with the same variables'"
 
 
 @pytest.mark.parametrize("words, commands", [
@@ -80,7 +79,8 @@ NEXT = ("echo 'next: make evaluate, or make predict IMAGE=file, with the same va
     ("bench LAYERS=1,1,1,1 ARGS=--compile", "p -m tools.bench --layers=1,1,1,1 --compile"),
     ("test ARGS=-x", "p -m pytest -q -rs -x"), ("faults", "p -m tools.faults"),
     ("train SEEDS='0 1' MODEL=senet",
-     "set -e; for seed in 0 1; do p train.py --model=senet --seed $seed; done\n" + NEXT),
+     "set -e; for seed in 0 1; do p train.py --model=senet --seed $seed; done\n"
+     "echo 'next: make report'"),
     ("report MINUS='senet r=8'", "p -m tools.report runs results --minus='senet r=8'"),
     ("report", "p -m tools.report runs results"),
     ("results", "{ cat results/about.md && p -m tools.report results; } > results/README.tmp\n"

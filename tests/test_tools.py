@@ -420,6 +420,7 @@ def test_results_on_held_out_images_are_a_table_of_their_own(tmp_path, capsys):
     invent_run(tmp_path / "b", 0, 75.0, hold_out=1000)
     report.main([str(tmp_path)])
     first, second = capsys.readouterr().out.split("### ")[1:]
+    assert second.splitlines()[0].endswith(", layers 1,1,1,1, hold_out 1000")
     assert "hold_out" not in first and "top-1: of the last" in first and "77.38" in first
     assert "hold_out 1000" in second and "top-1: on held-out images, of the last" in second
     assert "77.38" not in second

@@ -134,9 +134,12 @@ def label(settings):
 def print_results(shared, networks, minus):
     """The table and the chart of one comparison: networks -> seeds -> what run_report has read."""
     size, usual = shared["train_images"], defaults(shared["recipe"], shared["dataset"])
+    told = ("dataset", "recipe", "train_images", "epochs", "layers", "files")
+    more = "".join(f", {key} {value}" for key, value in shared.items()
+                   if key not in told and value != usual[key])
     print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, "
           f"{shared['epochs']} epoch{'s' if shared['epochs'] > 1 else ''}, layers "
-          f"{shared['layers']}\n\n"
+          f"{shared['layers']}{more}\n\n"
           + ", ".join(f"{key} {value}" for key, value in shared.items() if value != usual.get(key)
                       or key in ("recipe", "optimizer", "lr", "batch_size", "stem")
                       or key == "images_per_class" and shared["dataset"] in FOLDERS) + ".\n")
