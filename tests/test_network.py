@@ -83,6 +83,13 @@ def test_a_gate_of_ones_own_is_any_module(folder, tmp_path, monkeypatch, capsys)
     assert other(torch.randn(2, 3, 9, 9)).shape == (2, 8, 7, 7)
 
 
+def test_a_block_refuses_a_gate_that_returns_another_shape():
+    net = build_model("senet", 10, SMALL)
+    net.layer2[0].gate = nn.AdaptiveAvgPool2d(1)        # (B, C, 1, 1) could be added to a map
+    with pytest.raises(AssertionError, match="another shape than it was given"):
+        net(torch.randn(2, 3, 32, 32))
+
+
 WRAPPED = {     # how weights lie in the files of other programs
     "torchvision and timm": lambda weights: weights,
     "ImageNet example": lambda weights: dict(state_dict=prefixed("module.", weights), epoch=3),
