@@ -141,7 +141,7 @@ def watched(out, monkeypatch, *flags):
         patch.setattr(train, "parallel", parallel)
         patch.setattr(train, "set_rate", lambda optimizer, rate, inner=train.set_rate: (
             seen.rates.append(rate), inner(optimizer, rate)))
-        patch.setattr(train, "evaluate", lambda net, data: dict(top1=0.0))
+        patch.setattr(train, "evaluate", lambda net, data: net.eval() and dict(top1=0.0))
         patch.setattr(checkpoint, "save", lambda state: setattr(
             seen, "end", state.net.state_dict()))
         train.main([*map(str, flags), "--out", str(out)])
