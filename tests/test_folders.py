@@ -185,6 +185,8 @@ def another_end(path, place):
     (lambda root: another_end(root / "train/cat/cat_2.JPEG", -1), False)])
 def test_another_file_class_or_size_is_another_folder_wherever_it_lies(change, same, folder,
                                                                        monkeypatch):
+    with open(folder / "val/owl/owl_1.JPEG", "ab") as file:
+        file.write(bytes(5000))         # longer than the two ends that are looked at
     before, some = load_folder(folder), load_folder(folder, images_per_class=5, train_images=7)
     assert some.files == before.files and some.identity != before.identity  # .files: of them all
     change(folder)
