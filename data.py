@@ -89,8 +89,8 @@ def split(size, count, held_out, seed):
     """The indices of the first `count` and of the last `held_out` images of a seeded shuffle, each
     sorted.  If count is 0, all that are not held out come first."""
     if count + held_out > max(0, size - (count == 0)):
-        raise UserError(f"--train-images {count} and --hold-out {held_out} do not fit the {size} "
-                        "training images")
+        more = f", with --hold-out {held_out}" if held_out else ""
+        raise UserError(f"--train-images {count}{more}: there are {size} training images")
     order = np.random.default_rng([seed]).permutation(size)
     return np.sort(order[:count or size - held_out]), np.sort(order[size - held_out:])
 

@@ -140,7 +140,7 @@ def make_optimizer(net, settings):
 
     Weight decay adds decay * w to each gradient, a pull towards 0: of two networks that fit the
     data alike, we prefer the one with smaller weights.  (A batch norm undoes the size of the
-    weights before it; there, smaller weights mean that a step of one size changes more.)  Norms
+    weights before it; there, the same step changes smaller weights by a larger share.)  Norms
     and biases, which have one axis, do not decay: they only scale and shift.  Adam divides this
     pull by the gradient's size, like the rest.  AdamW (arXiv 1711.05101) would not; we do not use
     it.

@@ -30,7 +30,7 @@ def say(text, end="\n"):
     if rank() == 0:
         start = "\r\033[K" if on_terminal() else ""
         try:
-            print(start + printable(text), end=end, flush=True)
+            print(start + printable(str(text)), end=end, flush=True)
         except OSError as error:
             sys.stdout = None           # or Python complains again as it ends
             raise UserError(f"standard output cannot be written ({error.strerror}); a run is as "

@@ -281,7 +281,7 @@ def test_each_comparison_has_a_table_and_what_is_in_none_is_named(tmp_path, caps
     (tmp_path / "config.json").write_text("of another program")
     report.main([str(tmp_path)])
     table, rest = capsys.readouterr().out.split("\nRuns that are in no table:\n\n")
-    assert text.startswith(table) and "1 of 2 epochs" in rest
+    assert text.startswith(table) and ": not finished: 1 of 2 epochs" in rest
     assert (f"copied: top-1 60.00%; the table uses {tmp_path / 'a'}, with the same settings (70.00%"
             in rest)
     assert sorted(line.split(": ")[0] for line in rest.splitlines()) == [f"- {tmp_path}", *(

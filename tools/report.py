@@ -44,7 +44,8 @@ def run_report(folders, minus=None):
         try:
             shared, name, seed, run = read_run(path)
         except Exception as reason:         # whatever other programs, and older code, leave
-            left_out.append(f"- {printable(str(path.parent))}: {type(reason).__name__}: {reason}")
+            kind = "" if isinstance(reason, UserError) else f"{type(reason).__name__}: "
+            left_out.append(f"- {printable(str(path.parent))}: {kind}{reason}")
         else:
             found.setdefault((shared, name, seed, run["code"]), []).append(run)
 
@@ -105,7 +106,7 @@ def read_run(path):
     table = csv.DictReader(path.with_name("metrics.csv").read_text().splitlines())
     run["top1"] = [float(row["top1"]) for row in table]
     if len(run["top1"]) < settings["epochs"]:
-        raise ValueError(f"{len(run['top1'])} of {settings['epochs']} epochs")
+        raise UserError(f"not finished: {len(run['top1'])} of {settings['epochs']} epochs")
     run["machines"] = f"{run['device']}, torch {run['torch']}"
     precision = run.get("precision") or settings["precision"] or "float32"
     run["machines"] += f", {precision}" if precision != "float32" else ""
