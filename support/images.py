@@ -186,7 +186,7 @@ def fingerprint(path):
             return b"%d %s" % (size, hashlib.md5(start + file.read()).digest())
     except OSError as error:
         raise UserError(f"{printable(os.fsdecode(path))} cannot be read ({error.strerror}); "
-                         "remove it") from None
+                        "remove it") from None
 
 
 def first_of_each_class(paths, labels, count, seed):

@@ -48,8 +48,6 @@ def run_prediction(args, settings, device):
         say(path)
         for probability, index in zip(best.values.tolist(), best.indices.tolist()):
             say(f"{probability:8.2%}  {net.classes[index]}")
-
-
     if failed:
         sys.exit(1)
 
