@@ -268,8 +268,9 @@ def used(key, settings):
 def parse_args(argv=None, options={}, program="train.py", description="Train SENetV2 and networks "
                "to compare with.  The same command, given again, resumes a stopped run."):
     """(args, settings): all flags, and those that define the result, as a dict of plain values."""
-    return flags.parse(argv, options | SETTINGS | OPTIONS, SETTINGS, lambda typed: defaults(
-        typed.recipe, typed.dataset), used, program, description)
+    return flags.parse(
+        argv, options | SETTINGS | OPTIONS, settings=SETTINGS, used=used, program=program,
+        defaults=lambda typed: defaults(typed.recipe, typed.dataset), description=description)
 
 
 # ----------------------------------------------------------------------------------- Starting a run
@@ -287,9 +288,9 @@ def run_training(args, settings, device):
     data = open_data(args, settings, device)
     share, rest = divmod(settings["batch_size"], world())
     if rest or share < 2 or not data.steps:
-        raise UserError(f"--batch-size is {settings['batch_size']}; it must be a multiple of the "
-                        f"number of processes, {world()}, with at least two images for each "
-                        f"(batch norm), and at most that of training images, {data.train_size}")
+        raise UserError(f"--batch-size {settings['batch_size']}: give one that is at most the "
+                        f"number of training images, {data.train_size}, and a multiple of that of "
+                        f"processes, {world()}, with two or more for each (batch norm)")
 
     torch.manual_seed(settings["seed"])
     net = build_network(settings, data.classes)
@@ -380,7 +381,7 @@ def try_gates(settings):
     """A mistake in a gate shows now, with file and line, not after the data have been read."""
     for block in build_network(settings, ["one", "other"]).modules():
         if hasattr(block, "gate"):
-            for side in (8, 1):         # of 32 pixels, the last stage leaves one
+            for side in (8, 1):     # of 32 pixels, the last stage leaves one: std() is NaN there
                 source.try_module(block.gate, torch.randn(2, block.conv3.out_channels, side, side))
 
 
@@ -408,7 +409,8 @@ def load(path):
 
 
 def main(argv=None, action=run_training, **about):
-    """Run `action` on the flags of train.py, and on those of a tool; errors become one line."""
+    """Run `action` on the flags; errors become one line.  (tools/evaluate.py and predict.py pass
+    actions of their own, and in `about` what parse_args takes.)"""
     args, settings = parse_args(argv, **about)
     with errors_in_one_line(about.get("program", "train.py"),
                             args.out / "last.pt" if action is run_training else None):

@@ -68,7 +68,7 @@ def parser(program, description, table):
     return parser
 
 
-def parse(argv, table, settings, defaults, used, program, description):
+def parse(argv, table, *, settings, defaults, used, program, description):
     """(args, settings): all flags, and those that define the result, as a dict of plain values.
 
     settings            the names of the latter; `table` has them, too

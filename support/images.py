@@ -114,11 +114,13 @@ def list_splits(root, only_test=False):
     test_classes, *test = list_images(root, "val", left_out)
     classes, *train = [test_classes, *(part[:0] for part in test)] if only_test else list_images(
         root, "train", left_out)
-    if different := sorted(set(classes) ^ set(test_classes)):
-        if len({unicodedata.normalize("NFC", name) for name in different}) < len(different):
-            different = map(ascii, different)       # they look alike
-        raise UserError(f"train/ and val/ under {root} hold different classes; only in one of "
-                        f"them: {printable(', '.join([*different][:5]))}")
+    if different := set(classes) ^ set(test_classes):
+        alike = len({unicodedata.normalize("NFC", name) for name in different}) < len(different)
+        train_only, test_only = (
+            ", ".join(map(ascii if alike else str, sorted(different.intersection(names))[:5]))
+            or "none" for names in (classes, test_classes))
+        raise UserError(f"train/ and val/ under {root} hold different classes.  Only in train/: "
+                        f"{printable(train_only)}; only in val/: {printable(test_only)}")
     if len(classes) == 1:
         inside = os.scandir(os.path.join(root, "val", *classes))
         below = sorted(entry.name for entry in inside if entry.is_dir())

@@ -238,7 +238,7 @@ def test_folder_batches_do_not_depend_on_the_workers_which_start_once(workers, f
 def test_names_that_look_alike_are_told_apart(folder):
     for split, name in (("train", "cafe\u0301"), ("val", "caf\u00e9")):
         (folder / split / "owl").rename(folder / split / name)
-    with pytest.raises(UserError, match=r"'cafe\\u0301', 'caf\\xe9'"):
+    with pytest.raises(UserError, match=r"train/: 'cafe\\u0301'; only in val/: 'caf\\xe9'"):
         load_folder(folder)
 
 
@@ -255,6 +255,18 @@ def test_a_folder_too_many_above_the_classes_is_named(folder, capsys):
         (folder / split / "images/owl").rename(folder / split / "owl")
         (folder / split / "images").rmdir()
     assert "only one class, 'owl'" in complaint(capsys, *folder_flags(folder, folder / "run"))
+
+
+def test_what_train_and_val_hold_is_told_apart(folder, capsys):
+    (folder / "val").rename(folder / "away")
+    (folder / "val").mkdir()
+    (folder / "away").rename(folder / "val/images")         # a folder too many, in val/ alone
+    text = complaint(capsys, *folder_flags(folder, folder / "run"))
+    assert "Only in train/: cat, dog, owl; only in val/: images" in text
+    shutil.move(folder / "val/images/cat", folder / "val")
+    shutil.rmtree(folder / "val/images")
+    text = complaint(capsys, *folder_flags(folder, folder / "run"))
+    assert "Only in train/: dog, owl; only in val/: none" in text
 
 
 def test_a_link_to_a_folder_that_holds_it_adds_no_images(folder):

@@ -235,6 +235,15 @@ def test_runs_of_different_code_are_rows_of_their_own_and_of_one_code_the_later_
     assert found["resnet"][0] == "2" and found["vit"][2] == "+20.00 (seed 0 alone, across code)"
 
 
+def test_the_table_of_the_run_that_finished_last_comes_last(tmp_path, capsys):
+    for name, epochs in (("mine", 2), ("published", 3), ("yesterday's", 4)):
+        invent_run(tmp_path / name, 0, 70.0, epochs=epochs, done=epochs)
+    invent_code(tmp_path / "mine", None, finished="2026-01-02T00:00:00Z")
+    invent_code(tmp_path / "yesterday's", None, finished="2026-01-01T00:00:00Z")
+    report.main([str(tmp_path)])
+    assert re.findall(r"^###.* (\d) epochs", capsys.readouterr().out, re.M) == ["3", "4", "2"]
+
+
 def test_results_on_held_out_images_are_a_table_of_their_own(tmp_path, capsys):
     invent_run(tmp_path / "a", 0, 70.0)
     invent_run(tmp_path / "b", 0, 75.0, hold_out=1000)

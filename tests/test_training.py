@@ -263,8 +263,8 @@ def test_a_batch_size_that_does_not_divide_into_two_images_or_more_is_refused(
     args, settings = train.parse_args(["--batch-size", str(size), "--out", str(tmp_path / "run")])
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
-    with pytest.raises(UserError, match=f"{size}; it must be a multiple of .* processes, "
-                                        f"{processes}, with at least two images for each"):
+    with pytest.raises(UserError, match=f"{size}: give one .* a multiple of .* processes, "
+                                        f"{processes}, with two or more for each"):
         train.run_training(args, settings, torch.device("cpu"))
     assert list(tmp_path.iterdir()) == []
 

@@ -66,9 +66,16 @@ def run_report(folders, minus=None):
     if minus and not any(starts_with(name, minus) for rows in tables.values() for name in rows):
         names = sorted({name for rows in tables.values() for name in rows})
         raise UserError(f"no row begins with {minus!r}; there are {'; '.join(names)}")
-    for shared, networks in tables.items():
+    for shared, networks in sorted(tables.items(), key=lambda table: last_finished(table[1])):
         print_results(dict(shared), networks, minus)
     print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
+
+
+def last_finished(networks):
+    """When its last run finished; published runs do not say.  So one's own tables come last, where
+    a terminal shows them."""
+    return max(str(run.get("finished") or "") for seeds in networks.values()
+               for run in seeds.values())
 
 
 def joined(tables):
