@@ -11,6 +11,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from torch.utils.data import DataLoader
 
 import data
 import train
@@ -88,10 +89,16 @@ def passes(source):
     return batches
 
 
-def end_workers(source):
-    """End workers that failed: left to the garbage collector, it can take ten seconds."""
-    if source.loader._iterator:
-        source.loader._iterator._shutdown_workers()
+@pytest.fixture(autouse=True)
+def end_workers(monkeypatch):
+    """End the workers of runs that failed.  Left to the garbage collector, which comes in some
+    later test, this takes ten seconds, and one that was killed is an error there."""
+    iterators = []
+    monkeypatch.setattr(DataLoader, "_get_iterator", lambda loader, inner=DataLoader._get_iterator:
+                        iterators.append(inner(loader)) or iterators[-1])
+    yield
+    for iterator in iterators:
+        getattr(iterator, "_shutdown_workers", int)()
 
 
 ONE_STEP = ["--train-images", "32", "--batch-size", "32", "--epochs", "1", "--device", "cpu"]
