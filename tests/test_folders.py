@@ -197,7 +197,7 @@ def test_another_file_class_or_size_is_another_folder_wherever_it_lies(change, s
 
 
 @pytest.mark.parametrize("spoil, said", [
-    (lambda root, image: (root / "train/owl").rename(root / "train/elk"), "classes.*: elk; .*: owl"),
+    (lambda root, image: (root / "train/owl").rename(root / "train/elk"), "train/: elk; .*: owl"),
     (lambda root, image: (root / "train/elk").mkdir(), "no valid file for the classes elk"),
     (lambda root, image: (root / "train/cat/gone.png").symlink_to("nowhere"),
      "gone.png cannot be read .*remove it"),
