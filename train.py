@@ -381,7 +381,7 @@ def try_gates(settings):
     """A mistake in a gate shows now, with file and line, not after the data have been read."""
     for block in build_network(settings, ["one", "other"]).modules():
         if hasattr(block, "gate"):
-            for side in (8, 1):     # of 32 pixels, the last stage leaves one: std() is NaN there
+            for side in (8, 1):         # of 32 pixels, the last stage leaves one
                 source.try_module(block.gate, torch.randn(2, block.conv3.out_channels, side, side))
 
 

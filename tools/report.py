@@ -156,6 +156,9 @@ def print_results(shared, networks, minus):
              if title in ALWAYS or any(base(name) for name in networks)}
     if minus:
         bases[minus] = lambda name: minus
+    if any(ZERO_INIT in name for name in networks):
+        print('In rows with zero-init, "minus resnet" and "minus senet r=32" subtract networks '
+              "that start so, too.\n")
     print("| network | parameters | seeds | top-1 (%) | "
           + " | ".join(f"minus {title}" for title in bases) + " | in the paper |\n"
           + "|---" * (5 + len(bases)) + "|")
@@ -171,12 +174,10 @@ def print_results(shared, networks, minus):
               + " | ".join(difference(networks, name, base(name)) for base in bases.values())
               + f" | {format(paper[name], '.2f') if name in paper else '-'} |")
     machines = sorted({run["machines"] for seeds in networks.values() for run in seeds.values()})
-    starts = ("In rows with zero-init, the first two subtract a network with it. "
-              if any(ZERO_INIT in name for name in networks) else "")
     where = "on held-out images, " if shared["hold_out"] else ""
     print(f"\ntop-1: {where}of the last epoch, mean ± standard deviation over seeds. Differences: "
-          f"paired by seed, mean [95% confidence interval]. {starts}Ran on (CPUs are not told "
-          f"apart): {'; '.join(machines)}.")
+          "paired by seed, mean [95% confidence interval]. Ran on (CPUs are not told apart): "
+          f"{'; '.join(machines)}.")
 
     if not sys.stdout.isatty():         # a chart that GitHub draws
         palette = ",".join(COLOURS[:max(9, len(ordered))])
