@@ -9,22 +9,35 @@ import torch
 from support.console import explained
 
 # The code through which numbers pass.  Of support/, not what only talks or stores: a reworded
-# message there must not make every run another.  (A file of your own that these import is not
-# watched; what one run trained with it, NAME can tell from the next.)
+# message there must not make every run another.
 FILES = ("senetv2.py", "data.py", "train.py", "support/hardware.py", "support/images.py",
          "support/shapes.py", "support/weights.py")
 
 
 def digests(weights=None):
-    """File -> a digest of its code, which comments, docstrings and layout do not change; and one of
-    the file of weights that a run starts from, if it is there."""
-    root = Path(__file__).parents[1]
-    found = {name: digest((root / name).read_text("utf-8-sig")) for name in FILES}
+    """File -> a digest of its code, which comments, docstrings and layout do not change: of FILES
+    and of files of one's own that these import; and one of the file of weights that a run starts
+    from, if it is there."""
+    root, found, names = Path(__file__).parents[1], {}, [*FILES]
+    for name in names:
+        found[name] = digest(text := (root / name).read_text("utf-8-sig"))
+        names += [file for file in imported(text) if (root / file).is_file()
+                  and file not in names and not file.startswith("support/")]
     for file in (weights, os.path.join(weights, "last.pt")) if weights else ():
         if os.path.isfile(file):
             with explained(f"{file} cannot be read", "give weights that can"):
                 found[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     return found
+
+
+def imported(text):
+    """Where the modules that this code imports would lie, if they lay in this folder."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            package = getattr(node, "module", None)
+            for module in [package] * bool(package) + [
+                    f"{package}.{alias.name}" if package else alias.name for alias in node.names]:
+                yield from (module.replace(".", "/") + end for end in (".py", "/__init__.py"))
 
 
 def digest(text):

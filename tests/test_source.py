@@ -149,6 +149,21 @@ def test_a_run_knows_its_code_and_takes_no_other_for_it(copy, whole):
     assert result.returncode == 0 and "already finished" in result.stdout
 
 
+def test_a_file_of_ones_own_that_senetv2_imports_is_part_of_the_code(copy):
+    digests = load_file(copy / "support" / "source.py").digests
+    assert (usual := digests()) == source.digests()
+    (copy / "mine").mkdir()
+    for name, text in (("gates.py", "import helper"), ("mine/__init__.py", ""), ("mine/last.py", ""),
+                       ("helper.py", "a = 1"), ("stranger.py", "")):
+        (copy / name).write_text(text)
+    edit(copy, "senetv2.py", "from torch import nn\n",
+         "from torch import nn\nfrom gates import Mine\nimport numpy, mine.last\n")
+    before = digests()
+    assert before.keys() == {*usual, "gates.py", "helper.py", "mine/last.py"}
+    (copy / "helper.py").write_text("a = 2")
+    assert source.changed(before, digests()) == "helper.py"
+
+
 def test_what_is_edited_while_a_run_trains_does_not_count_for_it(whole, tmp_path, monkeypatch):
     began = source.digests()
 
