@@ -153,9 +153,9 @@ def test_a_file_of_ones_own_that_senetv2_imports_is_part_of_the_code(copy):
     digests = load_file(copy / "support" / "source.py").digests
     assert (usual := digests()) == source.digests()
     (copy / "mine").mkdir()
-    for name, text in (("gates.py", "import helper"), ("mine/__init__.py", ""), ("mine/last.py", ""),
-                       ("helper.py", "a = 1"), ("stranger.py", "")):
-        (copy / name).write_text(text)
+    for name, text in (("gates", "import helper"), ("helper", "a = 1"), ("mine/last", ""),
+                       ("stranger", "")):
+        (copy / f"{name}.py").write_text(text)
     edit(copy, "senetv2.py", "from torch import nn\n",
          "from torch import nn\nfrom gates import Mine\nimport numpy, mine.last\n")
     before = digests()
