@@ -409,8 +409,7 @@ def load(path):
 
 
 def main(argv=None, action=run_training, **about):
-    """Run `action` on the flags; errors become one line.  (tools/evaluate.py and predict.py pass
-    actions of their own, and in `about` what parse_args takes.)"""
+    """Run `action` on the flags; errors become one line.  (Two tools have actions of their own.)"""
     args, settings = parse_args(argv, **about)
     with errors_in_one_line(about.get("program", "train.py"),
                             args.out / "last.pt" if action is run_training else None):
