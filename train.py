@@ -92,7 +92,7 @@ def train(state, model, autocast, compute, data, save_minutes):
             scaler.step(optimizer)          # move the weights, unless a gradient overflowed
             scaler.update()
 
-            # This stays on the device: reading a number from a GPU means waiting for it.
+            # Saved with the rest, and kept on the device: to read a GPU's number is to wait for it.
             state.measures[:, i] = mean_over_processes(measured)
             state.step += 1
             progress.show(state.step, state.measures[0, i])
