@@ -150,9 +150,10 @@ def say_if_busy(device):
     """On a busy CPU, threads wait for each other: two of them trained 13 images/s instead of 437,
     and one of them 180.  (The load average would count one's own last run, too.)"""
     others = 0
-    with contextlib.suppress(OSError):          # Linux alone tells how many threads run just now
-        others = min(running_threads() for _ in range(9) if not time.sleep(0.02)) - 1
-    if device.type == "cpu" and torch.get_num_threads() > 1 and others >= CORES / 2:
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        with contextlib.suppress(OSError):      # Linux alone tells how many threads run just now
+            others = min(running_threads() for _ in range(9) if not time.sleep(0.02)) - 1
+    if others >= CORES / 2:
         say(f"this machine is busy ({others} other threads run on {CORES} cores): with "
             "OMP_NUM_THREADS=1 before the command, this run may be faster (one thread rounds "
             "differently from two, so give it to all runs that you compare, or to none)")
