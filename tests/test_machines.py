@@ -25,7 +25,7 @@ from tools import evaluate, predict
 # ----------------------------------------------------------------------------------- Number formats
 
 
-def large_scale(monkeypatch, start=2.0 ** 11):
+def large_scale(monkeypatch, start=2.0 ** 8):
     """float16 in which the first steps overflow, and the scale soon grows again."""
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(
         torch.amp.GradScaler, init_scale=start, growth_interval=2))
