@@ -30,7 +30,6 @@ An incomplete last batch is not trained on, so that all steps average over equal
 """
 import hashlib
 import os
-import signal
 
 import numpy as np
 import torch
@@ -40,9 +39,9 @@ from torchvision.transforms import v2
 
 from support.console import UserError
 from support.images import (
-    ImageError, as_read, fingerprint, first_of_each_class, from_workers, list_splits, read_cifar,
-    read_image, shared)
+    ImageError, as_read, fingerprint, first_of_each_class, list_splits, read_cifar, read_image)
 from support.shapes import SHAPES, draw_shapes
+from support.workers import from_workers, ignore_ctrl_c, shared
 
 FOLDERS = ("imagenet", "folder")
 DATASETS = ("shapes", "cifar10", "cifar100", *FOLDERS)
@@ -288,11 +287,6 @@ class Folder(Images):
         for images, labels in from_workers(self.loader):    # uint8: a quarter of float32
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
-
-
-def ignore_ctrl_c(worker):
-    """The terminal sends Ctrl-C to the workers as well; they leave when the main process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------------------- load_data

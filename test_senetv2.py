@@ -338,7 +338,8 @@ def draw_folder(root):
 
 
 def eight_steps(source, root, out, *more):
-    """The flags of a run of two epochs on shapes or on root/images; its network has dropout."""
+    """The flags of a run of two epochs on shapes or on root/images; its network has dropout, and
+    its last test batch is not full."""
     kind = (["--train-images", "32", "--hold-out", "19"] if source == "shapes" else
             ["--dataset", "folder", "--data-dir", root / "images", "--image-size", "32"])
     return list(map(str, ["--model", "mobilenet_v2", "--epochs", "2", "--batch-size", "8",

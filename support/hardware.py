@@ -3,7 +3,6 @@ import os
 
 PARENT = os.getppid()       # torchrun, if that started us; read before importing torch: seconds
 
-import contextlib
 import platform
 import signal
 import sys
@@ -149,20 +148,25 @@ def on_host(tensor):
 def say_if_busy(device):
     """On a busy CPU, threads wait for each other: two of them trained 13 images/s instead of 437,
     and one of them 180.  (The load average would count one's own last run, too.)"""
-    others = 0
-    if device.type == "cpu" and torch.get_num_threads() > 1:
-        with contextlib.suppress(OSError):      # Linux alone tells how many threads run just now
-            others = min(running_threads() for _ in range(9) if not time.sleep(0.02)) - 1
-    if others >= CORES / 2:
-        say(f"this machine is busy ({others} other threads run on {CORES} cores): with "
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return
+    others, cores = [], os.cpu_count()      # both of the whole machine, not of a container
+    for _ in range(9):                      # the fewest of nine looks: some run for a moment
+        time.sleep(0.02)
+        others.append(other_threads())
+    if min(others) >= cores / 2:
+        say(f"this machine is busy ({min(others)} other threads run on {cores} cores): with "
             "OMP_NUM_THREADS=1 before the command, this run may be faster (one thread rounds "
             "differently from two, so give it to all runs that you compare, or to none)")
 
 
-def running_threads():
-    """On this machine, this one among them: of "0.20 0.18 0.12 1/80 11206", the 1."""
-    with open("/proc/loadavg") as file:
-        return int(file.read().split()[3].partition("/")[0])
+def other_threads():
+    """How many run just now, beside this one; Linux alone tells: "0.20 0.18 0.12 3/80 11206", 2."""
+    try:
+        with open("/proc/loadavg") as file:
+            return int(file.read().split()[3].partition("/")[0]) - 1
+    except OSError:
+        return 0
 
 
 def describe_machine(device):

@@ -1,5 +1,4 @@
 """Any image file, any folder of them, and CIFAR."""
-import errno
 import functools
 import hashlib
 import os
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image       # torchvision brings it
-from torch.utils.data import get_worker_info
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -71,38 +69,6 @@ def as_read(image):
     found = f"{image.dtype}, {tuple(image.shape)}" if hasattr(image, "dtype") else type(image)
     raise TypeError(f"preprocess takes what read_image(path) returns, uint8 (3, H, W), or an image "
                     f"of Pillow, not {found}")
-
-
-# ------------------------------------------------------------------------ Between loader and worker
-
-
-TOO_MANY_FILES = "too many files are open; raise the limit (ulimit -n 4096), or pass --workers 0"
-
-
-def shared(*tensors):
-    """In a worker, tensors in shared memory; the loader's own thread for it fails unseen."""
-    if get_worker_info() is None:
-        return tensors
-    try:
-        return tuple(tensor.share_memory_() for tensor in tensors)
-    except RuntimeError as error:
-        if "Too many open files" in str(error):
-            return UserError(TOO_MANY_FILES)
-        return UserError(f"a batch of images finds no room in shared memory ({error}); give the "
-                         "container more (--shm-size=1g), or pass --workers 0")
-
-
-def from_workers(loader):
-    """The batches of a loader.  Raises UserError for what went wrong in a worker."""
-    try:
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
-    except (RuntimeError, OSError) as error:
-        if getattr(error, "errno", None) == errno.EMFILE or "ancdata" in str(error):
-            raise UserError(TOO_MANY_FILES) from None
-        raise
 
 
 # ------------------------------------------------------------------------------------------ Folders

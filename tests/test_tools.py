@@ -150,15 +150,15 @@ def test_the_table_counts_as_one_does_by_hand_and_the_readme_quotes_it(capsys):
         table.main(words)
         found += [line.replace(",", "").replace(" M", "").split()
                   for line in row.findall(capsys.readouterr().out)]
-    for rows, layers, plain in ((found[:4], (3, 4, 6, 3), 23_712_932),
-                                (found[4:8], SMALL, 8_036_426)):
+    for lines, layers, plain in ((found[:4], (3, 4, 6, 3), 23_712_932),
+                                 (found[4:8], SMALL, 8_036_426)):
         channels = np.repeat((256, 512, 1024, 2048), layers)        # of each bottleneck
-        for width, (count, added, share, claim, work, _) in zip((0, 1, 4, 4), rows, strict=True):
+        for width, (count, added, share, claim, work, _) in zip((0, 1, 4, 4), lines, strict=True):
             units = width * (channels // 32)        # two dense layers with biases, C -> units -> C
             gates = (2 * channels * units + units + channels).sum() * (width > 0)
             assert [int(count), int(added)] == [plain + gates, gates]
             assert claim == "-" or float(claim) == pytest.approx(gates / 1e6, abs=0.01)
-            assert int(work) - int(rows[0][4]) == (2 * channels * units).sum()
+            assert int(work) - int(lines[0][4]) == (2 * channels * units).sum()
             said = f"{gates:,} ({share})"
             assert said in (HERE / "README.md").read_text() or layers == SMALL or not width
             assert share == f"{gates / plain:+.1%}"
