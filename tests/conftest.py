@@ -1,11 +1,13 @@
 """What the tests share beside what test_senetv2.py has."""
 import contextlib
+import copy
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader
 import data
 import train
 from senetv2 import build_model
+from support import checkpoint
 from test_senetv2 import (  # noqa
     HERE, SMALL, plain_machine, same_start, save_image, whole)
 
@@ -112,6 +115,34 @@ def complaint(capsys, *flags, main=train.main):
     text = capsys.readouterr().err
     assert stop.value.code not in (0, None) and text.count("\n") == 1, text
     return text
+
+
+BASE = ("--dataset folder --image-size 32 --layers 1,1,1,1 --train-images 8 --batch-size 4 "
+        "--epochs 1 --workers 0 --device cpu --data-dir").split()
+
+
+def watched(out, monkeypatch, *flags):
+    """A run: the weights at its start, what the network saw, random seeds, rates, and the end."""
+    seen = SimpleNamespace(start=None, batches=[], draws=[], rates=[], end=None)
+
+    def look(net, inputs):
+        seen.batches.append(*inputs)
+        seen.draws.append(torch.initial_seed())
+
+    def parallel(net, compiled, inner=train.parallel):
+        seen.start = copy.deepcopy(net.state_dict())
+        net.register_forward_pre_hook(look)
+        return inner(net, compiled)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "parallel", parallel)
+        patch.setattr(train, "set_rate", lambda optimizer, rate, inner=train.set_rate: (
+            seen.rates.append(rate), inner(optimizer, rate)))
+        patch.setattr(train, "evaluate", lambda net, data: net.eval() and dict(top1=0.0))
+        patch.setattr(checkpoint, "save", lambda state: setattr(
+            seen, "end", state.net.state_dict()))
+        train.main([*map(str, flags), "--out", str(out)])
+    return seen
 
 
 def finished_flags(out):
