@@ -1,5 +1,4 @@
 """Any image file, any folder of them, and CIFAR."""
-import functools
 import hashlib
 import os
 import unicodedata
@@ -50,6 +49,7 @@ def rgb(image):
         raise ValueError("{} x {} pixels: too thin; cut it into pieces".format(*image.size))
     sixteen = image.mode.startswith("I;16") or (        # these two formats hold no more
         image.mode == "I" and image.format in ("PNG", "PPM"))
+    image.load()                                        # Pillow turns a TIFF here, and drops the tag
     if (turn := TURNS.get(image.getexif().get(0x0112))) is not None:
         image = image.transpose(turn)
     if sixteen:                                         # convert() would clip them to 255
@@ -106,39 +106,43 @@ def list_images(root, split, left_out):
     """
     folder = os.path.join(root, split)
 
-    @functools.lru_cache(maxsize=None)
-    def is_loop(place):
-        """Whether a link on the way from `folder` to `place` leads back to a folder on it."""
-        on_the_way = []
-        while len(place) >= len(folder):
-            on_the_way.append(os.path.realpath(place))
-            place = os.path.dirname(place)
-        return len({*on_the_way}) < len(on_the_way)
+    def files(place, above):
+        """All below `place`, but nothing hidden, and no link to a folder `above`: it has no end."""
+        real = os.path.realpath(place)
+        for entry in os.scandir(place) if real not in above else ():
+            if entry.name[0] != "." and entry.is_dir():
+                yield from files(entry.path, {*above, real})
+            elif entry.name[0] != ".":
+                yield entry.path
 
-    def is_image(path):
-        ending = os.path.splitext(path)[1].lower()
-        if os.sep + "." in path[len(folder):] or is_loop(os.path.dirname(path)):
-            return False
-        if ending not in datasets.folder.IMG_EXTENSIONS:
-            left_out[ending] += 1
-            return False
-        return True
+    def images(place):
+        found = []
+        for path in sorted(files(place, {os.path.realpath(folder)}), key=os.path.split):
+            ending = os.path.splitext(path)[1].lower()
+            if ending in datasets.folder.IMG_EXTENSIONS:
+                found.append(os.fsencode(path))
+            else:
+                left_out[ending] += 1
+        return found
 
     try:
         looked = folder if os.path.isdir(folder) else root
         inside = sorted(os.scandir(looked), key=lambda entry: entry.name)
         classes = [entry.name for entry in inside if entry.is_dir() and entry.name[0] != "."]
         if looked == folder and classes:
-            samples = datasets.folder.make_dataset(
-                folder, {name: label for label, name in enumerate(classes)}, is_valid_file=is_image)
-            paths, labels = zip(*samples)
-            return classes, np.array([os.fsencode(path) for path in paths]), np.array(labels)
-        problem = (f"{looked} holds {len(classes)} folders {classes[:3]} and "
-                   f"{len(inside) - len(classes):,} files")
-    except OSError as error:        # no such folder, a file, or a class without images
+            paths = [images(os.path.join(folder, name)) for name in classes]
+            if all(paths):
+                return classes, np.concatenate(paths), np.repeat(
+                    np.arange(len(classes)), [len(of_class) for of_class in paths])
+            problem = "none in " + ", ".join(
+                name for name, of_class in zip(classes, paths) if not of_class)
+        else:
+            problem = (f"{looked} holds {len(classes)} folders {classes[:3]} and "
+                       f"{len(inside) - len(classes):,} files")
+    except OSError as error:        # no such folder, or a file
         problem = str(error)
-        if left_out:
-            problem += f", files left out, by ending: {dict(left_out)}"
+    if left_out:
+        problem += f"; files left out, by ending: {dict(left_out)}"
     raise UserError(printable(
         f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "
         "and val/, each with one folder per class; see 'Images and layouts' in docs/workshop.md"))

@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 import data
 import train
 from support.console import UserError
+from support.images import as_read
 from test_senetv2 import HERE, assert_equal, joined
 from tests.conftest import (
     STATISTICS, add_image, complaint, folder_flags, load_folder, passes, rename_class)
@@ -49,20 +50,27 @@ def test_images_of_every_kind_are_read_as_they_look(tmp_path):
         assert off == 0 or "jpg" in name and off < 3, name
 
 
-def exif(orientation):
-    """EXIF with this orientation and, where a number belongs, a text: XResolution is "ab"."""
+def exif(orientation, ending):
+    """EXIF with this orientation and, where a number belongs, a text: XResolution is "ab".  (A
+    TIFF has its own XResolution.)"""
     tags = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0), b"\x1a\1\2\0\3\0\0\0ab\0\0"
+    tags = tags[:1] if ending == "tif" else tags
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_even_where_another_exif_tag_is_invalid(orientation, tmp_path):
+def test_a_photograph_is_turned_even_where_another_exif_tag_is_invalid(orientation, ending,
+                                                                       tmp_path):
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif(orientation))
+    path = tmp_path / f"a.{ending}"
+    Image.fromarray(picture).save(path, exif=exif(orientation, ending))
     turned = picture.transpose(1, 0, 2) if orientation > 4 else picture
     upright = {1: turned, 2: turned[:, ::-1], 3: turned[::-1, ::-1], 4: turned[::-1], 5: turned,
                6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}[orientation]
-    assert np.array_equal(data.read_image(tmp_path / "a.png").permute(1, 2, 0), upright)
+    assert np.array_equal(data.read_image(path).permute(1, 2, 0), upright)
+    with Image.open(path) as image:         # and where the image comes from Pillow
+        assert np.array_equal(as_read(image).permute(1, 2, 0), upright)
 
 
 def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path):
@@ -198,7 +206,7 @@ def test_another_file_class_or_size_is_another_folder_wherever_it_lies(change, s
 
 @pytest.mark.parametrize("spoil, said", [
     (lambda root, image: (root / "train/owl").rename(root / "train/elk"), "train/: elk; .*: owl"),
-    (lambda root, image: (root / "train/elk").mkdir(), "no valid file for the classes elk"),
+    (lambda root, image: (root / "train/elk").mkdir(), r"train/CLASS/ \(none in elk\)"),
     (lambda root, image: (root / "train/cat/gone.png").symlink_to("nowhere"),
      "gone.png cannot be read .*remove it"),
     (lambda root, image: image.write_bytes(b"no image"), "cat_0.JPEG cannot be decoded"),
@@ -267,12 +275,20 @@ def test_what_train_and_val_hold_is_told_apart(folder, capsys):
     assert "Only in train/: dog, owl; only in val/: none" in text
 
 
-def test_a_link_to_a_folder_that_holds_it_adds_no_images(folder):
-    (folder / "train/cat/self").symlink_to(".")
+def test_a_link_to_a_folder_that_holds_it_adds_no_images_and_the_order_is_that_of_imagefolder(
+        folder):
+    for name in ("a", "a-b", "a/c"):                                # "a/c" comes after "a-b"
+        shutil.copytree(folder / "val/owl", folder / "train/owl" / name)
+    paths, labels = zip(*torchvision.datasets.ImageFolder(folder / "train").samples)
+    for name in "xyz":              # torchvision would follow them to each other, without an end
+        (folder / "train/cat" / name).symlink_to(".")
     (folder / "train/dog/up").symlink_to("..")
-    (folder / "train/dog/more").symlink_to(folder / "val/dog")      # no loop: its images count
     source = load_folder(folder)
-    assert source.train_size == 36 + 3 and source.test_size == 9
+    assert [os.fsdecode(path) for path in source.loader.dataset.paths[:-9]] == [*paths]
+    assert source.labels[:-9].tolist() == [*labels] and source.train_size == 36 + 9
+
+    (folder / "train/dog/more").symlink_to(folder / "val/dog")      # no loop: its images count
+    assert load_folder(folder).train_size == 36 + 9 + 3
 
 
 @pytest.mark.parametrize("image", [
