@@ -389,22 +389,23 @@ def load(path):
     """The network of a run's folder or checkpoint: on the CPU, in eval mode.
 
     .classes, .settings    the names of its classes, the settings of its run
-    .history               a dict per epoch
+    .history, .machine     a dict per epoch; the hardware and the versions of the last start
     .preprocess            turns an image, uint8 (3, H, W), into the batch of one that it expects
     """
     saved = read_checkpoint(path)
-    settings = defaults(saved["settings"]["recipe"], saved["settings"]["dataset"])
-    settings, classes = settings | saved["settings"], saved["classes"]
-    if settings["model"] not in OURS + PEERS:
-        raise UserError(f"{path} was trained with the network {settings['model']!r}, which "
-                        "senetv2.py does not have")
+    settings = saved["settings"]
+    for key, known in dict(dataset=DATASETS, recipe=RECIPES, model=OURS + PEERS).items():
+        if settings[key] not in known:
+            raise UserError(f"{path} was trained with the {key} {settings[key]!r}, which this code "
+                            "does not have")
+    settings = defaults(settings["recipe"], settings["dataset"]) | settings
     if files := source.changed(saved["code"], source.digests()):
         say(f"{path} was trained with other code: {files} changed since")
-    net = build_network(settings, classes)
+    net = build_network(settings, saved["classes"])
     with usable(path):
         net.load_state_dict(saved["model"])
-    net.classes, net.settings, net.history = classes, settings, saved["history"]
-    net.preprocess = Preprocess(settings["dataset"], settings["image_size"])
+    net.classes, net.history, net.machine = saved["classes"], saved["history"], saved["machine"]
+    net.settings, net.preprocess = settings, Preprocess(settings["dataset"], settings["image_size"])
     return net.eval()
 
 

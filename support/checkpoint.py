@@ -42,8 +42,7 @@ class State:
             format=FORMAT, settings=self.settings, classes=self.classes, images=self.images,
             code=self.code, model=self.net.state_dict(), optimizer=self.optimizer.state_dict(),
             scaler=self.scaler.state_dict(), measures=self.measures, step=self.step,
-            history=[{key: value.item() if hasattr(value, "item") else value
-                      for key, value in row.items()} for row in self.history],
+            history=[{key: plain(value) for key, value in row.items()} for row in self.history],
             machine=self.machine)
 
     def load_state_dict(self, saved):
@@ -71,6 +70,11 @@ class State:
             self.load_state_dict(saved)
         if self.finished:               # no other code will train it
             self.code = saved["code"]
+
+
+def plain(value):
+    """A number, also of a tensor or of numpy, as Python's own."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def test_images(settings):
@@ -139,7 +143,7 @@ def write_metrics(state):
     """metrics.csv: one row per finished epoch."""
     columns = [*dict.fromkeys(key for row in state.history for key in row)]
     cells = [columns, *([row.get(key) for key in columns] for row in state.history)]
-    lines = [",".join("" if cell is None else str(cell) for cell in row) for row in cells]
+    lines = [",".join("" if cell is None else str(plain(cell)) for cell in row) for row in cells]
     replace_file(state.folder / "metrics.csv", "\n".join(lines) + "\n")
 
 

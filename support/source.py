@@ -67,7 +67,7 @@ def changed(before, now):
 
 def try_module(module, x):
     """One pass forward and back.  Raises TypeError, with the place of the module's forward, unless
-    its output is a tensor of the shape and the type of x."""
+    its output is a tensor of the shape and the type of x, and ValueError unless it is finite."""
     y = module(x.detach().requires_grad_() * 1)     # no leaf: a module may work in place
     if not (torch.is_tensor(y) and (y.shape, y.dtype) == (x.shape, x.dtype)):
         place, found = type(module).forward.__code__, type(y).__name__

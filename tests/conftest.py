@@ -207,13 +207,13 @@ def edited(change):
     return spoil
 
 
-def invent_run(folder, seed, top1, epochs=2, done=2, **settings):
-    """A folder as a run leaves it, without weights."""
+def invent_run(folder, seed, top1, epochs=2, done=2, more={}, **settings):
+    """A folder as a run leaves it, without weights; config.json holds `more`, too."""
     settings = dict(dataset="cifar10", model="resnet", recipe="paper", layers="1,1,1,1",
                     stem="imagenet", lr=0.001, epochs=epochs, batch_size=128) | settings
     about = dict(settings=settings | dict(seed=seed), parameters=8036426, device="D", torch="T")
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "config.json").write_text(json.dumps(about | more))
     lines = [f"{epoch + 1},{top1 if epoch + 1 == done else 99}" for epoch in range(done)]
     (folder / "metrics.csv").write_text("\n".join(["epoch,top1", *lines]) + "\n")
 

@@ -20,7 +20,7 @@ from senetv2 import build_model
 from support.console import printable
 from test_senetv2 import SMALL, in_memory
 from tests.conftest import edited, folder_flags
-from tools import evaluate
+from tools import evaluate, look, predict
 
 NAMES = list(data.SHAPES)
 
@@ -89,13 +89,15 @@ def test_mistakes_are_those_of_most_confidence_with_their_pixels(looked):
         assert np.array_equal(Image.open(io.BytesIO(png)), images[i].permute(1, 2, 0))
 
 
-def test_curves_follow_metrics_csv_also_where_a_value_is_missing(finished, tmp_path):
-    rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
+def test_curves_follow_the_rows_of_a_run_also_where_one_lacks_a_value(finished, tmp_path):
+    rows, path = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines())), (
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True) / "last.pt")
+    edited(lambda saved: saved["history"][0].pop("train_top1"))(path)
     rows[0]["train_top1"] = ""
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "metrics.csv").write_text(
-        "\n".join(map(",".join, [rows[0], *(row.values() for row in rows)])))
     page = sections_after_evaluation(tmp_path)
+    edited(lambda saved: saved["history"].clear())(path)
+    assert "No epoch is finished yet" in "".join(
+        sections_after_evaluation(tmp_path)["Curves"].itertext())
     assert ["torch", torch.__version__, ""] in cells(page["Settings, hardware, versions"])
 
     for svg, keys, chance in zip(page["Curves"].iter("svg"), (
@@ -114,13 +116,23 @@ def test_curves_follow_metrics_csv_also_where_a_value_is_missing(finished, tmp_p
         assert value_at(float(height)) == pytest.approx(chance, rel=0.01)
 
 
-def test_names_of_classes_cannot_break_the_page(folder, tmp_path):
+def test_names_of_classes_break_neither_page_nor_terminal(folder, tmp_path, capsys, recwarn):
     names = ["<script>alert(1)<img src=x onerror=y>", "\"a\" & 'b' &lt;",
              "\u202eשלום\033[31m\n"]
     for path in [*folder.glob("*/*")]:
         path.rename(path.with_name(names[("cat", "dog", "owl").index(path.name)]))
-    train.main(folder_flags(folder, tmp_path / "run"))
-    page = sections_after_evaluation(tmp_path / "run", "--data-dir", str(folder), "--workers", "0")
+    run, place = tmp_path / "run", ["--data-dir", str(folder)]
+    train.main(folder_flags(folder, run))
+    look.main(["--dataset", "folder", *place, "--out", str(tmp_path / "sheet.png")])
+    predict.main(["--checkpoint", str(run), "--image", str(folder / "val" / names[2])])
+
+    # Evaluation needs no training images, whatever was chosen of them.
+    edited(lambda saved: saved["settings"].update(images_per_class=3))(run / "last.pt")
+    shutil.rmtree(folder / "train")
+    page = sections_after_evaluation(run, *place, "--workers", "0")
+    printed = capsys.readouterr().out
+    assert "\033" not in printed and printed.count("\\x1b[31m") >= 5 and not recwarn.list
+    assert "9 test images" in printed and "top5" not in printed and "nan" not in printed
     shown = sorted([*names[:2], "\\u202eשלום\\x1b[31m\\n"])
     assert sorted(cells(page["Confusion matrix"])[0][1:]) == shown
     assert sorted(row[0] for row in cells(page["Each class"])[1:-1]) == shown

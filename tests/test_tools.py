@@ -18,7 +18,7 @@ from senetv2 import build_model
 from test_senetv2 import HERE, SMALL, joined, rows, save_image
 from tests.conftest import (
     STATISTICS, complaint, edited, folder_flags, load_folder, rename_class)
-from tools import bench, evaluate, look, predict, table
+from tools import bench, evaluate, predict, table
 
 
 def test_evaluation_prints_what_network_and_gates_find(finished, capsys):
@@ -85,35 +85,6 @@ def test_prediction_names_the_most_likely_classes(source, statistics, side, whol
     printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert [line for line in printed if line in lines] == lines
     assert source == "folder" or len({*lines[1::6]}) == 3           # each image has its answer
-
-
-def test_a_class_whose_name_is_red_is_trained_on_evaluated_and_drawn(folder, tmp_path, capsys,
-                                                                     recwarn):
-    for path in folder.glob("*/owl"):
-        shutil.rmtree(path)
-    for split in ("train", "val"):      # a class and a file whose names turn a terminal red
-        (folder / split / "cat").rename(folder / split / "\033[31mcat")
-    image = (folder / "val/\033[31mcat/cat_0.JPEG").rename(folder / "val/\033[31mcat/\033[31m.JPEG")
-    train.main([*folder_flags(folder, tmp_path), "--train-images", "9"])
-
-    place = ["--checkpoint", str(tmp_path), "--data-dir", str(folder), "--workers", "0"]
-    evaluate.main([*place])
-    printed = capsys.readouterr().out
-    assert "6 test images" in printed
-    assert "nan" not in printed and "top5" not in printed
-    assert not recwarn.list
-
-    predict.main(["--image", str(image), *place])
-    look.main(["--dataset", "folder", "--data-dir", str(folder), "--out",
-               str(tmp_path / "sheet.png")])
-    printed += capsys.readouterr().out
-    assert "\033" not in printed and printed.count("\\x1b[31m") == 5
-
-    # Evaluation needs no training images, whatever was chosen of them.
-    edited(lambda saved: saved["settings"].update(images_per_class=3))(tmp_path / "last.pt")
-    shutil.rmtree(folder / "train")
-    evaluate.main([*place])
-    assert "6 test images" in capsys.readouterr().out
 
 
 def test_evaluation_looks_at_names_and_prints_where_it_cannot_draw(folder, tmp_path, capsys):

@@ -2,8 +2,6 @@
 
     python -m tools.bench --layers 1,1,1,1
 """
-import argparse
-import sys
 import time
 
 import torch
@@ -11,10 +9,17 @@ import torch.nn.functional as F
 
 import data
 import train
-from senetv2 import OURS, STEMS, AggregatedSqueezeExcitation, build_model
-from support.flags import four_stages, one_of, path
+from senetv2 import OURS, AggregatedSqueezeExcitation, build_model
+from support.console import UserError, errors_in_one_line
+from support.flags import number, parser
 from support.hardware import choose_precision
 from test_senetv2 import LiteralBranches
+
+
+TABLE = {key: (train.SETTINGS | train.OPTIONS)[key] for key in (        # as in train.py
+    "layers", "stem", "batch_size", "dataset", "data_dir", "compile", "precision")} | {
+    "image_size": (32, number(int, 1), "pixels per side"),
+    "seconds": (60.0, number(float, 0), "how long to measure training")}
 
 
 def training_step(net, batch_size, image_size, device, precision):
@@ -59,23 +64,7 @@ def quartiles(values, style):
 
 def main(argv=None):
     """Print the speed of training, of the loader and of the gates, as median [quartiles]."""
-    parser = argparse.ArgumentParser(prog="tools.bench",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for name, kind, default, meaning in (
-            ("layers", four_stages, "3,4,6,3", "bottlenecks per stage"),
-            ("stem", one_of(STEMS), "imagenet", "as in train.py"),
-            ("batch-size", int, 128, "images per step"),
-            ("image-size", int, 32, "pixels per side"),
-            ("dataset", str, "shapes", f"of the loader: {', '.join(data.DATASETS)}"),
-            ("data-dir", path, "data", "where its files are"),
-            ("seconds", float, 60, "how long to measure training")):
-        parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument("--precision", type=train.SETTINGS["precision"][1], help="as in train.py")
-    args = parser.parse_args(argv)
-    if args.dataset not in data.DATASETS:
-        parser.error(f"--dataset is {args.dataset}; give one of {', '.join(data.DATASETS)}")
-
+    args = parser("tools.bench", "Measure training, loading and the gates.", TABLE).parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
@@ -83,8 +72,9 @@ def main(argv=None):
     args.precision = args.precision or choose_precision(device)
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{args.precision}; median [quartiles]")
-    for part in (bench_networks, bench_loader, bench_cardinality):
-        part(args, device)
+    with errors_in_one_line("tools.bench"):
+        for part in (bench_networks, bench_loader, bench_cardinality):
+            part(args, device)
 
 
 def bench_networks(args, device):
@@ -111,7 +101,7 @@ def bench_loader(args, device):
                             image_size=args.image_size if args.image_size > 32 else 224,
                             workers=train.OPTIONS["workers"][0])
     if not (count := min(20, source.steps)):
-        sys.exit("tools.bench: error: not even one batch; give a smaller --batch-size")
+        raise UserError("not even one batch; give a smaller --batch-size")
     net = build_model("senetv2").to(device, memory_format=torch.channels_last)
     step = training_step(net, args.batch_size, source.view([0]).shape[-1], device,
                          args.precision)

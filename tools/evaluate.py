@@ -7,10 +7,8 @@ It writes gates.png and page.html beside the checkpoint.  The page is a single f
 opens by a double click, also offline: curves are SVG, and pictures are PNG inside its text.
 """
 import base64
-import csv
 import html
 import io
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -23,7 +21,7 @@ from torchvision.utils import save_image
 import train
 from senetv2 import GATES
 from support import flags
-from support.checkpoint import result_of
+from support.checkpoint import result_of, test_images
 from support.console import UserError, in_words, printable, say, world
 from support.hardware import on_host
 from train import SETTINGS, evaluate, load, open_data
@@ -60,7 +58,7 @@ def run_evaluation(args, settings, device):
     gates = draw_gates(means, folder / "gates.png") if net.settings["model"] in GATES else None
 
     out = folder / "page.html"
-    text = page(net, data, folder, result, chances.tolist(), predicted.tolist(), gates)
+    text = page(net, data, result, chances.tolist(), predicted.tolist(), gates)
     try:
         out.write_text(text, "utf-8")
     except OSError as error:
@@ -154,7 +152,7 @@ figure { margin: 0; font-size: 0.85rem; line-height: 1.3 }   img { image-renderi
 """
 
 
-def page(net, data, folder, result, chances, predicted, gates):
+def page(net, data, result, chances, predicted, gates):
     """The page as text, well-formed XML too, of each image's most likely class, and its chance."""
     names = [f"<bdi>{shown(name)}</bdi>" for name in data.classes]      # also from right to left
     labels = data.labels[data.train_size:].tolist()
@@ -162,12 +160,13 @@ def page(net, data, folder, result, chances, predicted, gates):
     title = f"{net.settings['model']} on {net.settings['dataset']}"
     sections = [
         ("Curves", "Each point is an epoch: training is the mean over it, of augmented images and "
-         "of weights that still change; test is the network at its end; the dashed line is chance. "
-         "Test loss that rises while training loss falls means overfitting.",
-         from_file(curves, folder / "metrics.csv", len(names))),
+         "of weights that still change; test is the network at its end, on the "
+         f"{test_images(net.settings)}; the dashed line is chance. Test loss that rises while "
+         "training loss falls means overfitting.",
+         curves(net.history, len(names))),
         (matrix if len(names) <= FEW else confusions)(names, counts, images),
         ("Mistakes", "Wrong answers, by class: the true class, what it was taken for, and how "
-         "probable that seemed; if there are many, those it was most sure of (four of a class).",
+         "probable that seemed; if there are many, those it was most sure of, a few of each class.",
          mistakes(data, names, labels, chances, predicted)),
         *([("Gates", "Each row is a class and each column a channel, sorted by its mean, in the "
             "last block of a stage; where rows look alike, the gate treats those classes alike.",
@@ -177,7 +176,7 @@ def page(net, data, folder, result, chances, predicted, gates):
          shares(names, counts, images)),
         ("Settings, hardware, versions", "With the same settings you can repeat this run; other "
          "hardware or versions change the result a little.",
-         from_file(origin, folder / "config.json"))]
+         origin(net))]
     return "\n".join([
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8" /><title>{title}</title>',
         f'<meta name="viewport" content="width=device-width" /><style>{STYLE}</style></head>',
@@ -202,18 +201,12 @@ def png(image):
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def from_file(build, path, *rest):
-    """build(text of the file, ...), or a sentence where it is missing or empty."""
-    try:
-        return build(path.read_text("utf-8"), *rest)
-    except Exception as error:              # whatever other programs leave
-        return f"<p>{path.name} is missing, or holds nothing to show ({type(error).__name__}).</p>"
-
-
-def curves(text, classes):
-    """Loss and accuracy by epoch, from metrics.csv; older rows may lack a value."""
-    rows, chance = list(csv.DictReader(text.splitlines())), math.log(classes)
-    losses, accuracies = ([[(int(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
+def curves(history, classes):
+    """Loss and accuracy by epoch."""
+    if not history:
+        return "<p>No epoch is finished yet.</p>"
+    chance = math.log(classes)
+    losses, accuracies = ([[(row["epoch"], row[key]) for row in history if key in row]
                            for key in keys]
                           for keys in (("train_loss", "test_loss"), ("train_top1", "top1")))
     top = math.ceil(max(1, chance, *(loss for line in losses for _, loss in line)) * 1.1)
@@ -318,14 +311,12 @@ def shares(names, counts, images):
     return table(["class", "right", "images", "accuracy", "95% interval", "0 to 100%"], rows, "")
 
 
-def origin(text):
-    """What config.json holds, and what each setting means."""
-    config = json.loads(text)
-    settings = config.pop("settings")
+def origin(net):
+    """The settings of the run and what each means; its hardware and versions."""
     return table(["name", "value", "meaning"], [
         [shown(key), shown(value), shown(SETTINGS[key][2]) if key in SETTINGS else ""]
-        for key, value in (settings | config).items()
-        if value is not None and train.used(key, settings)], "words")
+        for key, value in (net.settings | net.machine).items()
+        if value is not None and train.used(key, net.settings)], "words")
 
 
 def main(argv=None):

@@ -62,10 +62,10 @@ def run_report(folders, minus=None):
 
     if not tables and not left_out:
         raise UserError(f"no runs in {', '.join(folders)}; train first")
-    tables = {shared: told_apart(rows) for shared, rows in joined(tables).items()}
-    if minus and not any(starts_with(name, minus) for rows in tables.values() for name in rows):
+    tables = {shared: told_apart(rows) for shared, rows in tables.items()}
+    if minus and not any(is_called(name, minus) for rows in tables.values() for name in rows):
         names = sorted({name for rows in tables.values() for name in rows})
-        raise UserError(f"no row begins with {minus!r}; there are {'; '.join(names)}")
+        raise UserError(f"no row is called {minus!r}; there are {'; '.join(names)}")
     for shared, networks in sorted(tables.items(), key=lambda table: last_finished(table[1])):
         print_results(dict(shared), networks, minus)
     print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
@@ -78,18 +78,6 @@ def last_finished(networks):
                for run in seeds.values())
 
 
-def joined(tables):
-    """The tables, with runs that older code wrote without a digest of their files: they join the
-    table of equal settings, if there is one."""
-    for shared in [shared for shared in tables if shared[-1] == ("files", None)]:
-        others = [other for other in tables if other[:-1] == shared[:-1] and other != shared]
-        if len(others) == 1:
-            for row, seeds in tables.pop(shared).items():
-                known = tables[others[0]].setdefault(row, {})
-                tables[others[0]][row] = seeds | known
-    return tables
-
-
 def told_apart(rows):
     """(name, code) -> seeds becomes name -> seeds; the code stands in the name where it differs."""
     codes = {}
@@ -99,7 +87,7 @@ def told_apart(rows):
             for (name, code), seeds in rows.items()}
 
 
-def starts_with(row, name):
+def is_called(row, name):
     """Whether `row` is called `name`, which may leave out code and what stands in brackets."""
     row, name = (text.replace(" (= senet r=8)", "") for text in (row, name))
     return name in (row, bare(row))
@@ -227,7 +215,7 @@ def difference(networks, name, base):
     these, the one whose code is most often the same."""
     runs = networks[name]
     rows = [seeds for other, seeds in networks.items()
-            if base and starts_with(other, base) and seeds is not runs]
+            if base and is_called(other, base) and seeds is not runs]
     others = max(rows, default={}, key=lambda seeds: (len(seeds.keys() & runs), sum(
         runs[seed]["code"] == seeds[seed]["code"] for seed in seeds.keys() & runs)))
     seeds = [seed for seed in runs if seed in others]

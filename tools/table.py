@@ -3,16 +3,15 @@
     python -m tools.table                     images of 32x32 pixels
     python -m tools.table --image-size 224    another image size
 """
-import argparse
-
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from senetv2 import STEMS, build_model
 from support.console import errors_in_one_line
-from support.flags import number
+from support.flags import number, one_of, parser
 
-
+TABLE = {"image_size": (32, number(int, 1), "pixels per side"),
+         "stem": ("imagenet", one_of(STEMS), "first layer")}
 ROWS = {    # label -> settings of build_model
     "resnet": {},
     "senet r=32": dict(reduction=32),
@@ -54,14 +53,8 @@ def print_table(image_size, stem):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="tools.table",
-        description="Print parameters and multiply-adds of the networks, beside the paper's.",
-        usage=argparse.SUPPRESS,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--image-size", type=number(int, 1), default=32, help="pixels per side")
-    parser.add_argument("--stem", choices=STEMS, default="imagenet", help="first layer")
-    args = parser.parse_args(argv)
+    about = "Print parameters and multiply-adds of the networks, beside the paper's."
+    args = parser("tools.table", about, TABLE).parse_args(argv)
     with errors_in_one_line("tools.table"):
         print_table(args.image_size, args.stem)
 
