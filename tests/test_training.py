@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,14 @@ def test_checkpoints_come_by_the_clock_and_at_the_end(monkeypatch):
         state.finished = now == 300
         checkpoint.save_if_due(state, 2)
     assert saved == [130, 260, 300]
+
+
+def test_a_tensor_of_ones_own_in_a_row_is_written_as_a_number(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda net, data: dict(
+        top1=torch.tensor(0.5), mine=np.float32(2)))
+    train.main(eight_steps("shapes", whole, tmp_path, "--epochs", "1"))
+    (row,), (saved,) = rows(tmp_path), train.read_checkpoint(tmp_path)["history"]
+    assert (row["top1"], row["mine"]) == ("0.5", "2.0") and saved["mine"] == 2
 
 
 def test_dropout_differs_by_seed_process_and_step(monkeypatch):
