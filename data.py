@@ -87,7 +87,7 @@ def mix(*numbers):
 def split(size, count, held_out, seed):
     """The indices of the first `count` and of the last `held_out` images of a seeded shuffle, each
     sorted.  If count is 0, all that are not held out come first."""
-    if count + held_out > max(0, size - (count == 0)):
+    if min(count, held_out) < 0 or count + held_out > max(0, size - (count == 0)):
         more = f", with --hold-out {held_out}" if held_out else ""
         raise UserError(f"--train-images {count}{more}: there are {size} training images")
     order = np.random.default_rng([seed]).permutation(size)
@@ -209,7 +209,8 @@ def centre(size):
 
 class Preprocess:
     """An image of any size, uint8 (3, H, W) or Pillow's, -> float32 (1, 3, S, S): the input of a
-    network of `dataset`.  Raises TypeError for anything else."""
+    network of `dataset`.  Raises TypeError for anything else, and ValueError for an image that
+    read_image would refuse."""
 
     def __init__(self, dataset, image_size=224):
         small = v2.Compose([v2.Resize(32), v2.CenterCrop(32)])
@@ -283,10 +284,12 @@ class Folder(Images):
             pin_memory=self.device.type == "cuda")
 
     def gather(self, epoch, batches):
-        self.keys[:] = [(epoch, batch) for batch in batches]
+        self.keys[:] = mine = self.current = [(epoch, batch) for batch in batches]
         for images, labels in from_workers(self.loader):    # uint8: a quarter of float32
             yield (images.to(self.device, non_blocking=True),
                    labels.to(self.device, non_blocking=True))
+            if self.current is not mine:
+                raise RuntimeError("a pass over a folder began before another one ended")
 
 
 # ---------------------------------------------------------------------------------------- load_data

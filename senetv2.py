@@ -184,7 +184,10 @@ def gate_settings(name):
     """Which of reduction, cardinality and residual the gate of network `name` has."""
     known = {"reduction", "residual"} if name == "senet" else {  # senet has one hidden layer
         "reduction", "cardinality", "residual"}
-    return known & inspect.signature(GATES[name]).parameters.keys() if name in GATES else set()
+    if name not in GATES:
+        return set()
+    known -= getattr(GATES[name], "keywords", {}).keys()        # functools.partial has set these
+    return known & inspect.signature(GATES[name]).parameters.keys()
 
 
 # ------------------------------------------------------------------------ Networks to compare with

@@ -33,8 +33,8 @@ def say(text, end="\n"):
             print(start + printable(str(text)), end=end, flush=True)
         except OSError as error:
             sys.stdout = None           # or Python complains again as it ends
-            raise UserError(f"standard output cannot be written ({error.strerror}); a run is as "
-                            "its last checkpoint, and the same command goes on") from None
+            raise UserError(f"standard output cannot be written ({error.strerror}); if this is a "
+                            "run, the same command goes on from its last checkpoint") from None
 
 
 def on_terminal():

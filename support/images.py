@@ -1,4 +1,5 @@
 """Any image file, any folder of them, and CIFAR."""
+import contextlib
 import hashlib
 import os
 import unicodedata
@@ -31,7 +32,9 @@ THINNEST = 100      # times as long as wide: resized before it is cropped, it co
 def read_image(path):
     """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ImageError, in one line."""
     try:
-        with Image.open(path) as image:                 # of an animation: its first frame
+        # Of an animation, its first frame.  (Given a path, Pillow would map an uncompressed TIFF to
+        # memory, and scramble it where it is to be turned.)
+        with open(path, "rb") as file, Image.open(file) as image:
             return rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{printable(str(path))} is not found") from None
@@ -50,12 +53,16 @@ def rgb(image):
     sixteen = image.mode.startswith("I;16") or (        # these two formats hold no more
         image.mode == "I" and image.format in ("PNG", "PPM"))
     image.load()                                        # Pillow turns a TIFF here, and drops the tag
-    if (turn := TURNS.get(image.getexif().get(0x0112))) is not None:
+    turn = None
+    with contextlib.suppress(Exception):                # EXIF that is none
+        turn = TURNS.get(image.getexif().get(0x0112))
+    if turn is not None:
         image = image.transpose(turn)
     if sixteen:                                         # convert() would clip them to 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError("32 bits per pixel, without an agreed range; save it with 8 or 16")
+        raise ValueError("32 bits per pixel, or signed, without an agreed range; save it with 8 or "
+                         "16 bits")
     return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
@@ -105,32 +112,13 @@ def list_images(root, split, left_out):
     Raises UserError that says what is there instead.
     """
     folder = os.path.join(root, split)
-
-    def files(place, above):
-        """All below `place`, but nothing hidden, and no link to a folder `above`: it has no end."""
-        real = os.path.realpath(place)
-        for entry in os.scandir(place) if real not in above else ():
-            if entry.name[0] != "." and entry.is_dir():
-                yield from files(entry.path, {*above, real})
-            elif entry.name[0] != ".":
-                yield entry.path
-
-    def images(place):
-        found = []
-        for path in sorted(files(place, {os.path.realpath(folder)}), key=os.path.split):
-            ending = os.path.splitext(path)[1].lower()
-            if ending in datasets.folder.IMG_EXTENSIONS:
-                found.append(os.fsencode(path))
-            else:
-                left_out[ending] += 1
-        return found
-
     try:
         looked = folder if os.path.isdir(folder) else root
         inside = sorted(os.scandir(looked), key=lambda entry: entry.name)
-        classes = [entry.name for entry in inside if entry.is_dir() and entry.name[0] != "."]
+        classes = [entry.name for entry in inside if is_part(entry) and entry.is_dir()]
         if looked == folder and classes:
-            paths = [images(os.path.join(folder, name)) for name in classes]
+            paths = [[*map(os.fsencode, images_below(os.path.join(folder, name), left_out))]
+                     for name in classes]
             if all(paths):
                 return classes, np.concatenate(paths), np.repeat(
                     np.arange(len(classes)), [len(of_class) for of_class in paths])
@@ -146,6 +134,37 @@ def list_images(root, split, left_out):
     raise UserError(printable(
         f"no images in {folder}/CLASS/ ({problem}); --data-dir names the folder that holds train/ "
         "and val/, each with one folder per class; see 'Images and layouts' in docs/workshop.md"))
+
+
+def images_below(folder, left_out):
+    """The paths of all image files below a folder, in the order of torchvision's ImageFolder; the
+    endings of others are counted in `left_out`."""
+    found = []
+    for path in sorted(files_below(folder, set()), key=os.path.split):
+        ending = os.path.splitext(path)[1].lower()
+        if ending in datasets.folder.IMG_EXTENSIONS:
+            found.append(path)
+        else:
+            left_out[ending] += 1
+    return found
+
+
+def files_below(folder, above):
+    """All files below a folder that are part of it; links may lead through those `above`."""
+    above = {*above, os.path.realpath(folder)}
+    for entry in filter(is_part, os.scandir(folder)):
+        if not entry.is_dir():
+            yield entry.path
+        elif os.path.realpath(entry) not in above:
+            yield from files_below(entry.path, above)
+
+
+def is_part(entry):
+    """Not what is hidden, nor a link to a folder that holds it: this would have no end."""
+    if entry.is_symlink() and entry.is_dir():
+        holder = Path(entry).parent.resolve()
+        return entry.name[0] != "." and not holder.is_relative_to(Path(entry).resolve())
+    return entry.name[0] != "."
 
 
 def fingerprint(path):

@@ -57,12 +57,14 @@ def tensor_dicts(content, place=""):
     timm's gates have the names of ours in them, and are made of 1x1 convolutions (se.fc1, se.fc2).
     """
     if isinstance(content, dict):
-        tensors = {key.replace(".se.fc1.", ".gate.reduce.").replace(".se.fc2.", ".gate.expand."):
-                   value.flatten(1) if ".se.fc" in key and value.dim() == 4 else value
-                   for key, value in content.items()
-                   if isinstance(key, str) and torch.is_tensor(value)}
+        tensors = {key.replace("_orig_mod.", ""): value for key, value in content.items()
+                   if isinstance(key, str) and torch.is_tensor(value)}      # of a compiled module
         if tensors:
-            yield place, tensors
+            yield place, {
+                key.replace(".se.fc1.", ".gate.reduce.").replace(".se.fc2.", ".gate.expand."):
+                value.flatten(1) if ".se.fc" in key and value.dim() == 4 else value
+                for key, value in tensors.items()}
+            yield place, tensors            # a gate of one's own may hold an "se", too
         for key, value in content.items():
             yield from tensor_dicts(value, f"{place}[{key!r}]")
 
@@ -71,7 +73,8 @@ def read_weights(source, trunk):
     """What a file of weights holds, or torchvision's weights of a network."""
     path = Path(source, "last.pt") if Path(source).is_dir() else Path(source)
     problem = f"{path} holds no weights that can be read"
-    advice = "give a file made by torch.save(net.state_dict(), path), not a whole pickled network"
+    advice = ("give a file made by torch.save(net.state_dict(), path): no whole pickled network, "
+              "and no other objects beside the tensors")
     if source == "imagenet":
         if trunk is None:
             raise UserError("torchvision has no weights of this network in this size; leave "
@@ -84,7 +87,8 @@ def read_weights(source, trunk):
         raise UserError(f"there is no file {path}; --weights takes imagenet, a file, or the folder "
                         "of a run")
     if path.suffix == ".safetensors":
-        with explained(problem, "install the package safetensors, or give a file of another kind"):
+        with explained(problem, "install the package safetensors, or, if it is there, fetch the "
+                       "file again"):
             from safetensors.torch import load_file
             return load_file(path)
 

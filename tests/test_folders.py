@@ -34,7 +34,8 @@ def test_images_of_every_kind_are_read_as_they_look(tmp_path):
     other, clear = Image.fromarray(255 - ramp), Image.fromarray(ramp).convert("RGBA")
     clear.putalpha(7)
     kinds = {       # file -> the image, how it is saved, how it looks
-        "png.JPEG": (colour, dict(format="PNG"), ramp), "a.bmp": (colour, {}, ramp),
+        "png.JPEG": (colour, dict(format="PNG"), ramp),
+        "junk.png": (colour, dict(exif=b"Exif\0\0 no EXIF"), ramp), "a.bmp": (colour, {}, ramp),
         "a.TIFF": (colour, {}, ramp), "a.ppm": (colour, {}, ramp), "alpha.png": (clear, {}, ramp),
         "lossless.webp": (colour, dict(lossless=True), ramp),
         "turned.png": (colour, dict(exif=turn_right), np.rot90(ramp, -1)),
@@ -58,18 +59,20 @@ def exif(orientation, ending):
     return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
 
 
-@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize("ending, grey", [("png", False), ("tif", False), ("tif", True)])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photograph_is_turned_even_where_another_exif_tag_is_invalid(orientation, ending,
+def test_a_photograph_is_turned_even_where_another_exif_tag_is_invalid(orientation, ending, grey,
                                                                        tmp_path):
     picture = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    picture = picture[..., :1].repeat(3, axis=2) if grey else picture
     path = tmp_path / f"a.{ending}"
-    Image.fromarray(picture).save(path, exif=exif(orientation, ending))
+    image = Image.fromarray(picture[..., 0] if grey else picture)
+    image.save(path, exif=exif(orientation, ending))
     turned = picture.transpose(1, 0, 2) if orientation > 4 else picture
     upright = {1: turned, 2: turned[:, ::-1], 3: turned[::-1, ::-1], 4: turned[::-1], 5: turned,
                6: turned[:, ::-1], 7: turned[::-1, ::-1], 8: turned[::-1]}[orientation]
     assert np.array_equal(data.read_image(path).permute(1, 2, 0), upright)
-    with Image.open(path) as image:         # and where the image comes from Pillow
+    with open(path, "rb") as file, Image.open(file) as image:       # and one of Pillow's
         assert np.array_equal(as_read(image).permute(1, 2, 0), upright)
 
 
@@ -241,6 +244,14 @@ def test_folder_batches_do_not_depend_on_the_workers_which_start_once(workers, f
     assert list(source.train_batches(1, first_step=18)) == []       # resumed before the evaluation
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_second_pass_within_the_first_is_refused(workers, folder):
+    source = load_folder(folder, workers=workers)       # they share the loader, and its workers
+    with pytest.raises(RuntimeError, match="a pass over a folder began before another one ended"):
+        for _ in source.train_batches(0):
+            list(source.test_batches())
+
+
 def put_into(root, split, name):
     """A folder too many above the classes of a split."""
     (root / split).rename(root / "away")
@@ -270,7 +281,10 @@ def test_a_link_to_a_folder_that_holds_it_adds_no_images_and_the_order_is_that_o
     paths, labels = zip(*torchvision.datasets.ImageFolder(folder / "train").samples)
     for name in "xyz":              # torchvision would follow them to each other, without an end
         (folder / "train/cat" / name).symlink_to(".")
-    (folder / "train/dog/up").symlink_to("..")
+    for place, target in (("train/dog/up", ".."), ("train/dog/top", "../.."), ("train/all", "."),
+                          ("train/dog/left", folder / "away"), ("away/right", folder / "train/dog")):
+        (folder / "away").mkdir(exist_ok=True)
+        (folder / place).symlink_to(target)             # the last two lead to each other
     source = load_folder(folder)
     assert [os.fsdecode(path) for path in source.loader.dataset.paths[:-9]] == [*paths]
     assert source.labels[:-9].tolist() == [*labels] and source.train_size == 36 + 9

@@ -1,5 +1,6 @@
 """Gates and networks beyond the README's claims, peers, weights from elsewhere."""
 import argparse
+import functools
 import pickle
 import re
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import senetv2
@@ -96,6 +98,8 @@ WRAPPED = {     # how weights lie in the files of other programs
     "torchvision's references": lambda weights: dict(
         model=weights, args=argparse.Namespace(lr=0.1), epoch=3),
     "compiled": lambda weights: prefixed("_orig_mod.", weights),
+    "compiled in part": lambda weights: {
+        key.replace("layer2.0.", "layer2.0._orig_mod."): value for key, value in weights.items()},
     "pytorch-cifar": lambda weights: dict(net=weights, acc=93.0, epoch=3),
     "PyTorch's tutorial": lambda weights: dict(
         epoch=3, model_state_dict=weights, loss=0.4,
@@ -186,6 +190,29 @@ def test_gates_of_timm_are_taken_and_those_of_cadene_refused(finished, tmp_path)
                tmp_path / "cadene.pth")
     with pytest.raises(UserError, match="another SE network.*of timm's seresnet50"):
         load_weights(net, tmp_path / "cadene.pth", "resnet50")
+
+
+class Holder(nn.Module):
+    """A gate of one's own that holds torchvision's, under the name that timm has for its gates."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.se = torchvision.ops.SqueezeExcitation(channels, 8)
+
+    def forward(self, x):
+        return self.se(x)
+
+
+def test_gates_of_ones_own_keep_their_weights_and_what_partial_has_set(tmp_path, monkeypatch):
+    wide = functools.partial(senetv2.AggregatedSqueezeExcitation, cardinality=8)
+    monkeypatch.setattr(senetv2, "GATES", senetv2.GATES | dict(holder=Holder, wide=wide))
+    monkeypatch.setattr(senetv2, "OURS", ("resnet", *senetv2.GATES))
+    nets = [build_model("holder", 10, SMALL) for _ in range(2)]
+    torch.save(nets[0].state_dict(), tmp_path / "w.pt")
+    assert "new: 0 []; unused: 0 []" in load_weights(nets[1], tmp_path / "w.pt", "resnet50")
+    assert_equal(*(dict(net.state_dict()) for net in nets))
+    gate = build_model("wide", 10, SMALL, reduction=16).layer1[0].gate
+    assert gate.reduce.out_features == 8 * 256 // 16
 
 
 @pytest.mark.parametrize("name", senetv2.GATES)

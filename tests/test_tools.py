@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.transforms import v2
 
 import data
 import train
-from senetv2 import build_model
+from senetv2 import SqueezeExcitation, build_model
 from test_senetv2 import HERE, SMALL, joined, rows, save_image
 from tests.conftest import (
     STATISTICS, complaint, edited, folder_flags, load_folder, rename_class)
@@ -87,7 +88,8 @@ def test_prediction_names_the_most_likely_classes(source, statistics, side, whol
     assert source == "folder" or len({*lines[1::6]}) == 3           # each image has its answer
 
 
-def test_evaluation_looks_at_names_and_prints_where_it_cannot_draw(folder, tmp_path, capsys):
+def test_evaluation_looks_at_names_and_prints_where_it_cannot_draw(folder, tmp_path, monkeypatch,
+                                                                   capsys):
     train.main([*folder_flags(folder, tmp_path / "run"), "--train-images", "8", "--residual",
                 "--layers", "1,1,2,1"])
     edited(lambda saved: [saved["model"][f"layer3.1.gate.expand.{kind}"].zero_()
@@ -106,10 +108,15 @@ def test_evaluation_looks_at_names_and_prints_where_it_cannot_draw(folder, tmp_p
     assert 0 < picture.min() < picture.max() < 255      # from 1 + 0 to 1 + 1
     file.unlink()
     file.mkdir()        # in the way
-    evaluate.main(place)
+    monkeypatch.setattr(SqueezeExcitation, "forward", lambda gate, x: x.mul_(gate.scale(x)))
+    evaluate.main(place)                    # a gate that works in place is looked at before
     after = capsys.readouterr().out
     assert "directory" in after
     assert all(line in after for line in before if "gates.png" not in line)
+    monkeypatch.setattr(SqueezeExcitation, "scale", nn.Linear(2, 2))        # no method
+    monkeypatch.setattr(SqueezeExcitation, "forward", lambda gate, x: x)
+    evaluate.main(place)
+    assert "no picture of the gates: not all have a method scale(x)" in capsys.readouterr().out
 
     rename_class(folder)                    # three classes as before
     assert "only in one of them: ['elk', 'owl']" in complaint(capsys, *place, main=evaluate.main)

@@ -17,7 +17,8 @@ from test_senetv2 import LiteralBranches
 
 
 TABLE = {key: (train.SETTINGS | train.OPTIONS)[key] for key in (        # as in train.py
-    "layers", "stem", "batch_size", "dataset", "data_dir", "compile", "precision")} | {
+    "layers", "stem", "dataset", "data_dir", "compile", "precision")} | {
+    "batch_size": (128, number(int, 2), "images per step"),
     "image_size": (32, number(int, 1), "pixels per side"),
     "seconds": (60.0, number(float, 0), "how long to measure training")}
 
@@ -102,14 +103,15 @@ def bench_loader(args, device):
                             workers=train.OPTIONS["workers"][0])
     if not (count := min(20, source.steps)):
         raise UserError("not even one batch; give a smaller --batch-size")
-    net = build_model("senetv2").to(device, memory_format=torch.channels_last)
-    step = training_step(net, args.batch_size, source.view([0]).shape[-1], device,
-                         args.precision)
+    net, size = build_model("senetv2"), source.view([0]).shape[-1]
+    net.to(device, memory_format=torch.channels_last)
+    step = training_step(net, args.batch_size, size, device, args.precision)
 
     def load():
         list(zip(range(count), source.train_batches(0)))
     loading, training = interleaved([load, step], 20, device).median(0).values
-    print(f"\nloader of {args.dataset}: {count * args.batch_size / loading:,.0f} images/s in "
+    print(f"\nloader of {args.dataset}, {size} pixels per side: "
+          f"{count * args.batch_size / loading:,.0f} images/s in "
           f"batches of {args.batch_size}; it takes {loading / count / training:.2%} of a training "
           "step of SENetV2-50")
 

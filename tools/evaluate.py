@@ -8,6 +8,7 @@ opens by a double click, also offline: curves are SVG, and pictures are PNG insi
 """
 import base64
 import html
+import inspect
 import io
 import math
 from collections import Counter
@@ -26,8 +27,9 @@ from support.console import UserError, in_words, printable, say, world
 from support.hardware import on_host
 from train import SETTINGS, evaluate, load, open_data
 
-OPTIONS = {"checkpoint": (None, flags.path, "what to evaluate: a run's folder or its last.pt; by "
-                                            "default the folder that the other flags name")}
+OPTIONS = {"checkpoint": (None, flags.path, "what to evaluate, with its own settings: a run's folder "
+                                            "or its last.pt; by default the folder that the other "
+                                            "flags name")}
 FEW = 20        # up to so many classes, the page has the whole matrix, and names beside the gates
 
 
@@ -75,7 +77,7 @@ def look(net, data):
     last = [getattr(stage[-1], "gate", None) for name, stage in net.named_children()
             if name.startswith("layer")]
 
-    def look_at_gate(gate, inputs, out):
+    def look_at_gate(gate, inputs):             # before it runs: it may work in place
         factors = gate.scale(*inputs).flatten(1)                                # (B, channels)
         if gate not in sums:
             sums[gate] = factors.new_zeros(len(data.classes), factors.shape[1])
@@ -87,7 +89,8 @@ def look(net, data):
         position += len(logits)
         answers.append(on_host(logits).softmax(1).max(1))
 
-    hooks = [gate.register_forward_hook(look_at_gate) for gate in last if hasattr(gate, "scale")]
+    hooks = [gate.register_forward_pre_hook(look_at_gate) for gate in last
+             if inspect.ismethod(getattr(gate, "scale", None))]
     hooks.append(net.register_forward_hook(look_at_answer))
     results = evaluate(net, data)
     for hook in hooks:

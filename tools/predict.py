@@ -5,16 +5,16 @@
 import glob
 import os
 import sys
-from pathlib import Path
+from collections import Counter
 
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 import train
 from data import ImageError, read_image
 from support import flags
 from support.console import UserError, say
 from support.hardware import on_host
+from support.images import images_below
 from train import load
 
 OPTIONS = {
@@ -33,7 +33,7 @@ def run_prediction(args, settings, device):
     if len(net.history) < net.settings["epochs"]:
         say(f"the run is not finished: {len(net.history)} of {net.settings['epochs']} epochs")
     failed = 0
-    for path in [path for given in args.image for path in files_of(given)]:
+    for path in dict.fromkeys(path for given in args.image for path in files_of(given)):
         try:
             image = read_image(path)
         except ImageError as error:
@@ -55,10 +55,9 @@ def run_prediction(args, settings, device):
 def files_of(given):
     """A file as it is; the images of a folder, at any depth; or what a pattern fits."""
     if os.path.isdir(given):
-        paths = [path for path in sorted(Path(given).rglob("*")) if path.is_file()
-                 and path.suffix.lower() in IMG_EXTENSIONS
-                 and not any(part.startswith(".") for part in path.relative_to(given).parts)]
-        return [*map(str, paths)] or [os.path.join(given, "*.png")]         # is not found
+        if not (paths := images_below(given, Counter())):
+            raise UserError(f"there are no images in {given}")
+        return paths
     found = [] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
     return [path for place in found for path in files_of(place)] or [given]
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from senetv2 import STEMS, build_model
-from support.console import errors_in_one_line
+from support.console import errors_in_one_line, say
 from support.flags import number, one_of, parser
 
 TABLE = {"image_size": (32, number(int, 1), "pixels per side"),
@@ -35,9 +35,10 @@ def multiply_adds(model, image_size):
 
 def print_table(image_size, stem):
     for layers, (title, classes, paper) in PAPER.items():
-        print(f"\n{title}, {image_size}x{image_size} pixels, {stem} stem")
-        print(f"{'network':<22}{'parameters':>12}{'added':>20}{'in the paper':>14}"
-              f"{'multiply-adds':>16}{'added':>8}")
+        say("")
+        say(f"{title}, {image_size}x{image_size} pixels, {stem} stem")
+        say(f"{'network':<22}{'parameters':>12}{'added':>20}{'in the paper':>14}"
+            f"{'multiply-adds':>16}{'added':>8}")
 
         plain = None
         for (label, settings), claim in zip(ROWS.items(), paper):
@@ -48,8 +49,8 @@ def print_table(image_size, stem):
             work = multiply_adds(model, image_size)
             plain = plain or (count, work)          # of the first row, resnet
 
-            print(f"{label:<22}{count:>12,}{count - plain[0]:>11,} {count / plain[0] - 1:>+8.1%}"
-                  f"{claim:>14}{work:>16,}{work / plain[1] - 1:>+8.1%}")
+            say(f"{label:<22}{count:>12,}{count - plain[0]:>11,} {count / plain[0] - 1:>+8.1%}"
+                f"{claim:>14}{work:>16,}{work / plain[1] - 1:>+8.1%}")
 
 
 def main(argv=None):
