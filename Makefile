@@ -6,7 +6,7 @@ typed = $(if $(findstring command line,$(origin $(1))),$($(1)))
 quoted = '$(subst ','\'',$(1))'
 given = $(foreach name,$(1),$(if $(call typed,$(name)),$(name)))
 flags = $(foreach name,$(call given,$(1)), --$(shell echo $(name) | tr A-Z_ a-z-)=$\
-$(call quoted,$($(name))))
+$(call quoted,$(value $(name))))
 
 DATA = DATASET DATA_DIR IMAGE_SIZE
 SETTINGS = $(DATA) MODEL RECIPE LAYERS STEM REDUCTION CARDINALITY WEIGHTS EPOCHS BATCH_SIZE LR $\
@@ -47,7 +47,8 @@ $(if $(call typed,NPROC),$(if $(shell test '$(NPROC)' -ge 1 2>/dev/null && echo 
 PYTHON = .venv/bin/python
 READY := $(if $(call typed,PYTHON)$(call typed,TRAIN),,.venv/ready)
 
-AFTER_ONE = make evaluate, or make predict IMAGE=file, with the same variables
+AFTER_ONE = make evaluate, or make predict IMAGE=file, with the same variables$\
+  $(if $(call typed,NPROC), but NPROC)
 
 # Several processes, one per GPU; without GPUs they share the cores.
 LAUNCHER = -m torch.distributed.run --standalone --nproc-per-node $(NPROC)
@@ -59,6 +60,9 @@ TRAIN = $(PYTHON)$(if $(call typed,NPROC), $(LAUNCHER)) train.py
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 8589934592
 export MALLOC_TOP_PAD_ = 268435456
+
+# Not evaluate beside train, whatever -j says.
+.NOTPARALLEL:
 
 # What was typed for this make is not meant for one that a test starts.
 unexport MAKEFLAGS MFLAGS

@@ -88,7 +88,7 @@ def train(state, model, autocast, compute, data, save_minutes):
             measured = compute(model, state, autocast, images, labels)      # and dL/dw, in w.grad
 
             scaler.unscale_(optimizer)      # the scaler acts in float16 alone
-            # Here p.grad of each parameter p is dL/dp, in every number format: clip or say() it.
+            # Here p.grad of each parameter p is dL/dp, in every number format: clip it, for example.
             scaler.step(optimizer)          # move the weights, unless a gradient overflowed
             scaler.update()
 
@@ -131,8 +131,8 @@ def learning_rate(step, total, warmup, peak):
 
 
 def set_rate(optimizer, rate):
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for group in optimizer.param_groups:        # all get the same
+        group["lr"] = float(rate)               # last.pt holds Python's numbers, not numpy's
 
 
 def make_optimizer(net, settings):
@@ -259,6 +259,11 @@ def defaults(recipe, dataset):
         recipe=recipe, dataset=dataset)
 
 
+def completed(settings):
+    """The settings of a run, with the defaults of those that its code did not have."""
+    return defaults(settings["recipe"], settings["dataset"]) | settings
+
+
 def used(key, settings):
     """Whether the network or the data set of these settings has the setting `key`."""
     users = USED_BY.get(key)
@@ -283,8 +288,8 @@ def run_training(args, settings, device):
     """Train, or resume, or print the result of a run that is finished."""
     code = source.digests(settings["weights"])      # now: a file may be edited while it trains
     hardware.say_if_busy(device)
-    if settings["model"] in GATES:
-        try_gates(settings)
+    if settings["model"] in GATES:      # a mistake in one shows before the data are read
+        source.try_gates(build_network(settings, ["one", "other"]), pixels(settings))
     data = open_data(args, settings, device)
     share, rest = divmod(settings["batch_size"], world())
     if rest or share < 2 or not data.steps:
@@ -306,6 +311,7 @@ def run_training(args, settings, device):
         state = State(args.out, settings, data.classes, data.identity, code, net, optimizer, scaler,
                       measures=torch.zeros(2, data.steps, device=device))
         if saved:
+            saved["settings"] = completed(saved["settings"])
             state.resume(saved, args.any_code)
         elif settings["weights"] and rank() == 0:   # parallel() copies them to the others
             say(load_weights(net, settings["weights"], TRUNKS.get(settings["model"], "resnet50")))
@@ -366,8 +372,12 @@ def open_data(args, settings, device, **options):
         workers=args.workers, **options))
 
 
+def pixels(settings):
+    return settings["image_size"] if settings["dataset"] in FOLDERS else 32
+
+
 def build_network(settings, classes):
-    size = settings["image_size"] if settings["dataset"] in FOLDERS else 32
+    size = pixels(settings)
     if settings["model"] == "vit" and size % patch_size(size):
         raise UserError(f"vit cuts images into patches of {patch_size(size)} pixels per side, and "
                         f"--image-size {size} is not a multiple of that")
@@ -375,14 +385,6 @@ def build_network(settings, classes):
         settings["model"], len(classes), tuple(map(int, settings["layers"].split(","))),
         settings["stem"], settings["reduction"], settings["cardinality"], settings["residual"],
         image_size=size, zero_init=settings["zero_init"])
-
-
-def try_gates(settings):
-    """A mistake in a gate shows now, with file and line, not after the data have been read."""
-    for block in build_network(settings, ["one", "other"]).modules():
-        if hasattr(block, "gate"):
-            for side in (8, 1):         # of 32 pixels, the last stage leaves one
-                source.try_module(block.gate, torch.randn(2, block.conv3.out_channels, side, side))
 
 
 def load(path):
@@ -398,7 +400,7 @@ def load(path):
         if settings[key] not in known:
             raise UserError(f"{path} was trained with the {key} {settings[key]!r}, which this code "
                             "does not have")
-    settings = defaults(settings["recipe"], settings["dataset"]) | settings
+    settings = completed(settings)
     if files := source.changed(saved["code"], source.digests()):
         say(f"{path} was trained with other code: {files} changed since")
     net = build_network(settings, saved["classes"])

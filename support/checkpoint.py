@@ -1,6 +1,8 @@
 """A run's folder: the state of training in last.pt, config.json, metrics.csv, and the lock."""
 import contextlib
+import csv
 import dataclasses
+import io
 import json
 import os
 import time
@@ -68,8 +70,8 @@ class State:
                             "go on with --any-code")
         with usable(self.folder / "last.pt"):
             self.load_state_dict(saved)
-        if self.finished:               # no other code will train it
-            self.code = saved["code"]
+        # A finished run is trained by no other code; a file of weights may have gone since.
+        self.code = saved["code"] if self.finished else saved["code"] | self.code
 
 
 def plain(value):
@@ -111,8 +113,9 @@ def save(state):
 
 def check_finite(state):
     """Raises UserError if a loss or a weight is no longer finite; such weights are never saved."""
-    tensors = state.measures, *state.net.state_dict().values()
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    tensors = state.measures, *state.net.parameters()
+    if not all(tensor.isfinite().all() for tensor in tensors) or any(
+            buffer.isnan().any() for buffer in state.net.buffers()):    # a mask may hold infinity
         raise UserError(f"before step {state.step}, a loss or a weight was no longer finite; "
                         "last.pt, if there is one, is older; try a smaller --lr, or, after an "
                         "edit, look there first")
@@ -127,12 +130,11 @@ def replace_file(path, content):
               if path.parent.is_dir() else "its folder has been removed while it was in use")
     with explained(f"cannot write {path}", advice):
         try:
-            with open(draft, "wb") as file:
-                if isinstance(content, dict):
-                    torch.save(content, file)
-                else:
-                    file.write(content.encode())
-                file.flush()
+            if isinstance(content, dict):
+                torch.save(content, draft)      # given an open file, it makes an OSError of Ctrl-C
+            else:
+                draft.write_bytes(content.encode())
+            with open(draft, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(draft, path)
         finally:
@@ -142,9 +144,10 @@ def replace_file(path, content):
 def write_metrics(state):
     """metrics.csv: one row per finished epoch."""
     columns = [*dict.fromkeys(key for row in state.history for key in row)]
-    cells = [columns, *([row.get(key) for key in columns] for row in state.history)]
-    lines = [",".join("" if cell is None else str(plain(cell)) for cell in row) for row in cells]
-    replace_file(state.folder / "metrics.csv", "\n".join(lines) + "\n")
+    writer = csv.writer(text := io.StringIO(), lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([plain(row.get(key)) for key in columns] for row in state.history)
+    replace_file(state.folder / "metrics.csv", text.getvalue())
 
 
 def write_config(state):

@@ -140,5 +140,7 @@ def errors_in_one_line(program, checkpoint=None):
             message = "error: another process of this run has failed"
         else:
             traceback.print_exc()
+    if on_terminal():
+        print("\r\033[K", end="", flush=True)       # over the line of progress
     print(f"{program}: {printable(message)}", file=sys.stderr, flush=True)
     (os._exit if world() > 1 else sys.exit)(code)       # never wait for the other processes

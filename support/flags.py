@@ -48,7 +48,8 @@ def name(text):
     """What may stand at the end of a folder's name."""
     if re.fullmatch(r"[\w.+-]{0,60}", text, re.ASCII):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} has more than letters, digits and . _ + -")
+    raise argparse.ArgumentTypeError(f"{text!r} has more than letters, digits and . _ + -, "
+                                     "or more than 60 of them")
 
 
 # ------------------------------------------------------------------------------------- Command line

@@ -8,21 +8,20 @@ import torch
 
 from support.console import explained
 
-# The code through which numbers pass.  Of support/, not what only talks or stores: a reworded
-# message there must not make every run another.
-FILES = ("senetv2.py", "data.py", "train.py", "support/hardware.py", "support/images.py",
-         "support/shapes.py", "support/weights.py")
+# Files that only talk or store: a reworded message there must not make every run another.
+TALKERS = {f"support/{name}.py" for name in (
+    "__init__", "checkpoint", "console", "flags", "source", "workers")}
 
 
 def digests(weights=None):
-    """File -> a digest of its code, which comments, docstrings and layout do not change: of FILES
-    and of files of one's own that these import; and one of the file of weights that a run starts
-    from, if it is there."""
-    root, found, names = Path(__file__).parents[1], {}, [*FILES]
+    """File -> a digest of its code, which comments, docstrings and layout do not change: of train.py
+    and of all that it imports from here, one's own files, too, but TALKERS; and one of the file of
+    weights that a run starts from, if it is there."""
+    root, found, names = Path(__file__).parents[1], {}, ["train.py"]
     for name in names:
         found[name] = digest(text := (root / name).read_text("utf-8-sig"))
-        names += [file for file in imported(text) if (root / file).is_file()
-                  and file not in names and not file.startswith("support/")]
+        names += sorted({file for file in imported(text, name) if (root / file).is_file()}
+                        - {*names} - TALKERS)
     for file in (weights, os.path.join(weights, "last.pt")) if weights else ():
         if os.path.isfile(file):
             with explained(f"{file} cannot be read", "give weights that can"):
@@ -30,14 +29,18 @@ def digests(weights=None):
     return found
 
 
-def imported(text):
-    """Where the modules that this code imports would lie, if they lay in this folder."""
+def imported(text, file):
+    """Where the modules that this code of `file` imports would lie, if they lay in this folder."""
+    here = Path(file).parts[:-1]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            package = getattr(node, "module", None)
-            for module in [package] * bool(package) + [
-                    f"{package}.{alias.name}" if package else alias.name for alias in node.names]:
-                yield from (module.replace(".", "/") + end for end in (".py", "/__init__.py"))
+            level = getattr(node, "level", 0)               # 1 in "from .a import b"
+            package = here[:len(here) + 1 - level] if level else ()
+            outer = (getattr(node, "module", None) or "").split(".")
+            for alias in node.names:
+                module = [part for part in (*package, *outer, *alias.name.split(".")) if part]
+                for end in range(1, len(module) + 1):
+                    yield from ("/".join(module[:end]) + last for last in (".py", "/__init__.py"))
 
 
 def digest(text):
@@ -65,10 +68,18 @@ def changed(before, now):
     return ", ".join(name for name in now if before.get(name) != now[name])
 
 
+def try_gates(net, size):
+    """Try each gate on a map of the shape that it gets from images of size x size pixels."""
+    for block in net.modules():
+        if hasattr(block, "gate"):
+            block.gate.register_forward_pre_hook(lambda gate, inputs: try_module(gate, *inputs))
+    net(torch.randn(2, 3, size, size))
+
+
 def try_module(module, x):
     """One pass forward and back.  Raises TypeError, with the place of the module's forward, unless
     its output is a tensor of the shape and the type of x, and ValueError unless it is finite."""
-    y = module(x.detach().requires_grad_() * 1)     # no leaf: a module may work in place
+    y = module.forward(x.detach().requires_grad_() * 1)     # no leaf: a module may work in place
     if not (torch.is_tensor(y) and (y.shape, y.dtype) == (x.shape, x.dtype)):
         place, found = type(module).forward.__code__, type(y).__name__
         if torch.is_tensor(y):

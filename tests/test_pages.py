@@ -56,12 +56,14 @@ def test_only_what_was_typed_for_this_make_counts(target):
         "-n", target, "PYTHON=python3")
 
 
-NEXT = "echo 'next: make evaluate, or make predict IMAGE=file, with the same variables'"
+NEXT = "echo 'next: make evaluate, or make predict IMAGE=file, with the same variables{}'"
 
 
 @pytest.mark.parametrize("words, commands", [
     ("train NPROC=2",
-     "p -m torch.distributed.run --standalone --nproc-per-node 2 train.py\n" + NEXT),
+     "p -m torch.distributed.run --standalone --nproc-per-node 2 train.py\n"
+     + NEXT.format(" but NPROC")),
+    ("train OUT='$HOME/a b'", "p train.py --out='$HOME/a b'\n" + NEXT.format("")),
     ("train DATASET=folder DATA_DIR=d IMAGE_SIZE=64 MODEL=senet RECIPE=strong LAYERS=1,1,1,1 "
      "STEM=cifar REDUCTION=8 CARDINALITY=2 WEIGHTS=w EPOCHS=4 BATCH_SIZE=16 LR=0.2 TRAIN_IMAGES=99 "
      "IMAGES_PER_CLASS=50 HOLD_OUT=9 SEED=7 NAME=n DEVICE=cpu OUT=o "
@@ -69,7 +71,7 @@ NEXT = "echo 'next: make evaluate, or make predict IMAGE=file, with the same var
      "p train.py --dataset=folder --data-dir=d --image-size=64 --model=senet --recipe=strong "
      "--layers=1,1,1,1 --stem=cifar --reduction=8 --cardinality=2 --weights=w --epochs=4 "
      "--batch-size=16 --lr=0.2 --train-images=99 --images-per-class=50 --hold-out=9 "
-     "--seed=7 --name=n --device=cpu --out=o --no-augment\n" + NEXT),
+     "--seed=7 --name=n --device=cpu --out=o --no-augment\n" + NEXT.format("")),
     ("evaluate CHECKPOINT=c DATA_DIR=d", "p -m tools.evaluate --checkpoint=c --data-dir=d"),
     ("predict IMAGE=i CHECKPOINT=c", "p -m tools.predict --image=i --checkpoint=c"),
     ("look OUT=o DATASET=cifar10", "p -m tools.look --dataset=cifar10 --out=o"),

@@ -219,6 +219,29 @@ def test_the_table_of_the_run_that_finished_last_comes_last(tmp_path, capsys):
     assert re.findall(r"^###.* (\d) epochs", capsys.readouterr().out, re.M) == ["3", "4", "2"]
 
 
+def test_what_has_gone_from_the_code_does_not_join_rows(tmp_path, capsys):
+    for name, top1, more in (
+            ("a", 60, dict(model="mine")), ("b", 80, dict(model="mine", reduction=8)),
+            ("c", 70, dict(model="mine", drop=0.5)), ("d", 75, dict(model="mine", betas=[1, 2]))):
+        invent_run(tmp_path / "elsewhere" / name, 0, top1, **more)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    report.main([str(tmp_path / "runs")])
+    text = capsys.readouterr().out
+    found = {tuple(line[:4:3]) for line in table_rows(text) if "mine" in line[0]}
+    assert found == {("mine", "60.00"), ("mine r=8", "80.00"), ("mine", "70.00"), ("mine", "75.00")}
+    assert "layers 1,1,1,1, drop 0.5\n" in text and "layers 1,1,1,1, betas (1, 2)\n" in text
+    assert text.endswith("in no table:\n\n- none\n")
+
+
+def test_the_one_of_two_precisions_that_counts_is_named(tmp_path, capsys):
+    invent_run(tmp_path / "a", 0, 70.0)
+    invent_run(tmp_path / "b", 0, 71.0, more=dict(precision="bfloat16", finished="2026"))
+    report.main([str(tmp_path)])
+    assert (f"the table uses {tmp_path / 'b'}, with the same settings, on D, torch T, bfloat16 (71."
+            in capsys.readouterr().out)
+
+
 def test_results_on_held_out_images_are_a_table_of_their_own(tmp_path, capsys):
     invent_run(tmp_path / "a", 0, 70.0)
     invent_run(tmp_path / "b", 0, 75.0, hold_out=1000)

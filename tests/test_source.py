@@ -14,7 +14,7 @@ import data
 import senetv2
 import train
 from support import source
-from test_senetv2 import HERE, eight_steps, rows, same_result, stop_at
+from test_senetv2 import HERE, SMALL, eight_steps, equal, rows, same_result, stop_at
 from tests.conftest import complaint
 from tools import evaluate, predict
 
@@ -77,11 +77,20 @@ def test_a_mistake_in_a_gate_shows_its_line_before_the_data_are_read(body, whole
 @pytest.mark.parametrize("body", ["return x * torch.sigmoid(x)", "return x", "return x.mul_(0.5)",
                                   "return x * torch.sigmoid(self.reduce(x.mean((2, 3)))"
                                   "[..., None, None])"])
-def test_a_gate_that_is_right_is_let_through(body, whole, tmp_path, monkeypatch):
+def test_a_gate_that_is_right_is_let_through(body, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(GATE.format(body=body))
     monkeypatch.setitem(senetv2.GATES, "senet", load_file(tmp_path / "mine.py").Mine)
-    _, settings = train.parse_args(["--model", "senet"])
-    train.try_gates(settings)
+    source.try_gates(senetv2.build_model("senet", 2, SMALL), 32)
+
+
+def test_a_gate_is_tried_on_maps_of_the_size_that_it_gets(tmp_path, monkeypatch):
+    body = "return x * x.std((2, 3), keepdim=True)"         # it cannot work on one pixel
+    (tmp_path / "mine.py").write_text(GATE.format(body=body))
+    monkeypatch.setitem(senetv2.GATES, "senet", load_file(tmp_path / "mine.py").Mine)
+    source.try_gates(senetv2.build_model("senet", 2, SMALL), 33)
+    source.try_gates(senetv2.build_model("senet", 2, SMALL, "cifar"), 32)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="32 pixels are one"):
+        source.try_gates(senetv2.build_model("senet", 2, SMALL), 32)
 
 
 @pytest.mark.parametrize("place, name, body", [
@@ -133,17 +142,27 @@ def test_a_file_of_ones_own_that_senetv2_imports_is_part_of_the_code(copy):
     digests = load_file(copy / "support" / "source.py").digests
     assert (usual := digests()) == source.digests()
     (copy / "mine").mkdir()
-    for name, text in (("gates", "import helper"), ("helper", "a = 1"), ("mine/last", ""),
-                       ("stranger", "")):
+    for name, text in (("gates", "import helper"), ("helper", "a = 1"), ("stranger", ""),
+                       ("mine/__init__", "from .inner import x"), ("support/own", ""),
+                       ("mine/inner", "from . import last"), ("mine/last", "from .. import gates")):
         (copy / f"{name}.py").write_text(text)
     edit(copy, "senetv2.py", "from torch import nn\n",
-         "from torch import nn\nfrom gates import Mine\nimport numpy, mine.last\n")
+         "from torch import nn\nfrom support import own\nimport numpy, mine.last\n")
     before = digests()
-    assert before.keys() == {*usual, "gates.py", "helper.py", "mine/last.py"}
+    assert before.keys() == {*usual, "gates.py", "helper.py", "support/own.py", *(
+        f"mine/{name}.py" for name in ("__init__", "inner", "last"))}
     (copy / "helper.py").write_text("a = 2")
     edit(copy, "train.py", "peak * (step + 1) / rise", "peak * (step + 2) / rise")
     edit(copy, "support/console.py", "min left", "minutes left")        # it only talks
     assert source.changed(before, digests()) == "train.py, helper.py"
+
+
+def test_a_setting_that_is_new_has_its_default_in_older_runs(whole, tmp_path, monkeypatch, capsys):
+    stop_at(6, flags := eight_steps("shapes", whole, tmp_path), monkeypatch)
+    monkeypatch.setitem(train.SETTINGS, "drop", (0.0, float, "a setting of one's own"))
+    assert "drop: was 0.0, is 0.5;" in complaint(capsys, *flags, "--drop", "0.5")
+    train.main(flags)
+    assert equal(*(train.read_checkpoint(run)["model"] for run in (tmp_path, whole / "shapes")))
 
 
 def test_what_is_edited_while_a_run_trains_does_not_count_for_it(whole, tmp_path, monkeypatch):
@@ -214,7 +233,7 @@ def test_digests_are_alike_under_all_versions_of_python():
     assert source.digest(CODE) == "6076fada19284b88"
 
 
-def test_weights_that_were_replaced_are_noticed(finished, whole, tmp_path, capsys):
+def test_weights_that_were_replaced_are_noticed(finished, whole, tmp_path, monkeypatch, capsys):
     weights = shutil.copy(finished / "last.pt", tmp_path / "w.pt")
     flags = eight_steps("shapes", whole, tmp_path / "run", "--model", "senetv2", "--epochs", "1",
                         "--weights", weights)
@@ -222,7 +241,13 @@ def test_weights_that_were_replaced_are_noticed(finished, whole, tmp_path, capsy
     with open(weights, "ab") as file:
         file.write(b"x")
     assert f"other code: {weights} changed since" in complaint(capsys, *flags)
+    weights.write_bytes(weights.read_bytes()[:-1])
+    stop_at(2, half := [*flags, "--out", str(tmp_path / "half")], monkeypatch)
     weights.unlink()                # no longer needed
+    train.main(half)
+    ended = [json.loads((tmp_path / name / "config.json").read_text())["code"]
+             for name in ("run", "half")]
+    assert ended[0] == ended[1] and str(weights) in ended[0]
     train.main(flags)
     assert "already finished" in capsys.readouterr().out
     evaluate.main(["--checkpoint", str(tmp_path / "run")])

@@ -82,12 +82,13 @@ def test_checkpoints_come_by_the_clock_and_at_the_end(monkeypatch):
     assert saved == [130, 260, 300]
 
 
-def test_a_tensor_of_ones_own_in_a_row_is_written_as_a_number(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "evaluate", lambda net, data: dict(
-        top1=torch.tensor(0.5), mine=np.float32(2)))
+def test_numbers_of_torch_and_numpy_are_written_as_pythons(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda net, data: {
+        "right, of star": torch.tensor(0.5), "top1": np.float32(2)})
+    monkeypatch.setattr(train, "learning_rate", lambda *args: np.float64(1e-3))
     train.main(eight_steps("shapes", whole, tmp_path, "--epochs", "1"))
     (row,), (saved,) = rows(tmp_path), train.read_checkpoint(tmp_path)["history"]
-    assert (row["top1"], row["mine"]) == ("0.5", "2.0") and saved["mine"] == 2
+    assert (row["right, of star"], row["top1"]) == ("0.5", "2.0") and saved["top1"] == 2
 
 
 def test_dropout_differs_by_seed_process_and_step(monkeypatch):
@@ -127,6 +128,12 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(minutes, steps,
     assert re.search(f"step {steps}, ", complaint(capsys, *flags))
     saved = train.read_checkpoint(tmp_path)["model"] if (tmp_path / "last.pt").exists() else {}
     assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_a_buffer_may_hold_infinity():
+    net = torch.nn.BatchNorm1d(2)
+    net.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))      # as of attention
+    checkpoint.check_finite(SimpleNamespace(measures=torch.zeros(2, 4), net=net, step=1))
 
 
 @pytest.mark.parametrize("spoil", [

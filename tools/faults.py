@@ -77,8 +77,8 @@ def main(argv=None):
 def trial(root, case, fault, rng, seconds):
     """(what went wrong, in words, or None; the last step that a process resumed after)"""
     shutil.rmtree(root / "trial", ignore_errors=True)
-    (root / "said").unlink()
-    if fault == "launcher" and not launcher_killed(root, case[0], rng):
+    (root / "said").unlink(missing_ok=True)
+    if fault == "launcher" and not launcher_killed(root, case[0], rng, seconds):
         return "processes outlived torchrun", 0
     for _ in range(dict(SIGKILL=2, launcher=0).get(fault, 1)):
         runs = [launch(root, "trial", case, fault) for _ in range(1 + (fault == "second process"))]
@@ -99,14 +99,19 @@ def trial(root, case, fault, rng, seconds):
     return "the result is another one", step
 
 
-def launcher_killed(root, source, rng):
+def launcher_killed(root, source, rng, seconds):
     """Start a run of two processes by torchrun, kill that alone, and see whether they end, too."""
     flags = eight_steps(source, root, root / "trial", "--checkpoint-minutes", "0", "--workers", "2")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
                "2", "train.py", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(rng.uniform(5, 40))        # its start takes most of that
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if rng.random() < 0.5:                      # while they start, or
+        time.sleep(rng.uniform(5, 12))
+    else:                                       # while they train
+        any("steps per epoch" in line for line in process.stdout)
+        time.sleep(rng.uniform(0, 0.3) * seconds)
+    if process.poll() == 0:
+        return launcher_killed(root, source, rng, seconds)      # too late: once more
     process.kill()
     try:
         process.communicate(timeout=60)         # the pipe closes when the last of them ends

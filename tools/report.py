@@ -5,6 +5,7 @@
 """
 import argparse
 import csv
+import glob
 import hashlib
 import itertools
 import json
@@ -14,9 +15,9 @@ import sys
 from pathlib import Path
 
 from data import FOLDERS
-from senetv2 import PEERS, gate_settings
-from support.console import UserError, errors_in_one_line, printable
-from train import SETTINGS, defaults
+from senetv2 import OURS, PEERS, gate_settings
+from support.console import UserError, errors_in_one_line, on_terminal, printable
+from train import SETTINGS, completed, defaults
 
 
 NARROW, SENETV2 = "senet r=32", "senetv2 r=32 K=4 (= senet r=8)"
@@ -40,7 +41,8 @@ def run_report(folders, minus=None):
     minus    the row to subtract, beside the usual ones
     """
     found, left_out = {}, []        # (what a table shares, row, seed, code) -> runs
-    for path in [path for root in folders for path in sorted(Path(root).rglob("config.json"))]:
+    for path in [path for root in folders for path in sorted(map(       # links are followed, too
+            Path, glob.glob(f"{glob.escape(root)}/**/config.json", recursive=True)))]:
         try:
             shared, name, seed, run = read_run(path)
         except Exception as reason:         # whatever other programs, and older code, leave
@@ -55,9 +57,10 @@ def run_report(folders, minus=None):
         used = max(runs, key=lambda run: str(run.get("finished") or ""))
         for run in runs:
             if run is not used and run["top1"][-1] != used["top1"][-1]:
+                there = "" if run["machines"] == used["machines"] else f", on {used['machines']}"
                 left_out.append(
                     f"- {run['place']}: top-1 {run['top1'][-1]:.2f}%; the table uses "
-                    f"{used['place']}, with the same settings ({used['top1'][-1]:.2f}%)")
+                    f"{used['place']}, with the same settings{there} ({used['top1'][-1]:.2f}%)")
         tables.setdefault(shared, {}).setdefault((name, code), {})[seed] = used
 
     if not tables and not left_out:
@@ -97,7 +100,7 @@ def read_run(path):
     """(what a table shares, name of the row, seed, and the run as a dict) of one config.json."""
     run = json.loads(path.read_text())
     settings = run["settings"]                  # older ones may lack some
-    settings = defaults(settings["recipe"], settings["dataset"]) | settings
+    settings = completed(settings)
     table = csv.DictReader(path.with_name("metrics.csv").read_text().splitlines())
     run["top1"] = [float(row["top1"]) for row in table]
     if len(run["top1"]) < settings["epochs"]:
@@ -110,7 +113,9 @@ def read_run(path):
     run["code"] = hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()[:4] if (
         code) else None
     run["place"] = printable(str(path.parent))
-    shared = tuple((key, settings[key]) for key in SETTINGS if key not in NETWORK)
+    own = sorted(key for key in settings.keys() - SETTINGS.keys() if settings[key])     # have gone
+    shared = tuple((key, tuple(value) if isinstance(value := settings[key], list) else value)
+                   for key in [*SETTINGS, *own] if key not in NETWORK)
     hash((shared, settings["seed"])), format(run["parameters"], ",")        # raise here if they do
     return (*shared, ("files", run.get("files"))), label(settings), settings["seed"], run
 
@@ -118,7 +123,8 @@ def read_run(path):
 def label(settings):
     """The row's name in a table: the network, the width of its gate, and what its user tried."""
     name, r, k = settings["model"], settings["reduction"], settings["cardinality"]
-    known = gate_settings(name)             # a gate that has gone claims none
+    known = gate_settings(name) if name in OURS + PEERS else {      # a gate that has gone
+        key for key in ("reduction", "cardinality", "residual") if settings[key] != SETTINGS[key][0]}
     name += f" r={r}" if "reduction" in known else ""
     name += f" K={k}" if "cardinality" in known else ""
     name += " residual" if "residual" in known and settings["residual"] else ""
@@ -132,7 +138,7 @@ def print_results(shared, networks, minus):
     size, usual = shared["train_images"], defaults(shared["recipe"], shared["dataset"])
     told = ("dataset", "recipe", "train_images", "epochs", "layers", "files")
     more = "".join(f", {key} {value}" for key, value in shared.items()
-                   if key not in told and value != usual[key])
+                   if key not in told and value != usual.get(key))
     print(f"\n### {shared['dataset']}, {f'{size:,}' if size else 'all'} training images, "
           f"{shared['epochs']} epoch{'s' if shared['epochs'] > 1 else ''}, layers "
           f"{shared['layers']}{more}\n\n"
@@ -160,14 +166,14 @@ def print_results(shared, networks, minus):
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         print(f"| {name} | {count:,} | {len(runs)} | {statistics.fmean(values):.2f}{spread} | "
               + " | ".join(difference(networks, name, base(name)) for base in bases.values())
-              + f" | {format(paper[name], '.2f') if name in paper else '-'} |")
+              + f" | {format(paper[bare(name)], '.2f') if bare(name) in paper else '-'} |")
     machines = sorted({run["machines"] for seeds in networks.values() for run in seeds.values()})
     where = "on held-out images, " if shared["hold_out"] else ""
     print(f"\ntop-1: {where}of the last epoch, mean ± standard deviation over seeds. Differences: "
           "paired by seed, mean [95% confidence interval]. Ran on (CPUs are not told apart): "
           f"{'; '.join(machines)}.")
 
-    if not sys.stdout.isatty():         # a chart that GitHub draws
+    if not on_terminal():               # a chart that GitHub draws
         palette = ",".join(COLOURS[:max(9, len(ordered))])
         theme = {"themeVariables": {"xyChart": {"plotColorPalette": palette}}}
         print(f"\n```mermaid\n%%{{init: {json.dumps(theme)}}}%%\nxychart-beta\n"
@@ -236,7 +242,11 @@ def main(argv=None):
     parser.add_argument("--minus", help="a row to subtract, beside the usual ones")
     args = parser.parse_args(argv)
     with errors_in_one_line("tools.report"):
-        run_report(args.folders, args.minus)
+        try:
+            run_report(args.folders, args.minus)
+        except OSError as error:
+            sys.stdout = None           # or Python complains again as it ends
+            raise UserError(f"standard output cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":
