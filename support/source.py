@@ -68,6 +68,7 @@ def changed(before, now):
     return ", ".join(name for name in now if before.get(name) != now[name])
 
 
+@torch.no_grad()
 def try_gates(net, size):
     """Try each gate on a map of the shape that it gets from images of size x size pixels."""
     for block in net.modules():
@@ -76,6 +77,7 @@ def try_gates(net, size):
     net(torch.randn(2, 3, size, size))
 
 
+@torch.enable_grad()
 def try_module(module, x):
     """One pass forward and back.  Raises TypeError, with the place of the module's forward, unless
     its output is a tensor of the shape and the type of x, and ValueError unless it is finite."""
