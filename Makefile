@@ -2,7 +2,7 @@
 
 # A variable counts only where it is typed on make's command line, whatever the environment holds.
 # DATA_DIR=x becomes --data-dir='x'; left out, the script's default holds.
-typed = $(if $(findstring command line,$(origin $(1))),$($(1)))
+typed = $(if $(findstring command line,$(origin $(1))),$(value $(1)))
 quoted = '$(subst ','\'',$(1))'
 given = $(foreach name,$(1),$(if $(call typed,$(name)),$(name)))
 flags = $(foreach name,$(call given,$(1)), --$(shell echo $(name) | tr A-Z_ a-z-)=$\
@@ -21,7 +21,7 @@ $(foreach name,$(filter-out $(NAMES),$(.VARIABLES)),$(if $(call typed,$(name)),$
 
 # So is one without a value, most often an unset variable of a shell.
 $(foreach name,$(filter-out ARGS,$(NAMES)),$(if $(findstring command line,$(origin $(name))),$\
-  $(if $(strip $($(name))),,$(error $(name) is empty; leave it out, or give it a value))))
+  $(if $(strip $(value $(name))),,$(error $(name) is empty; leave it out, or give it a value))))
 
 # So is one that no target given has a use for, or that it sets itself.
 RUNS = $(filter-out SEED OUT MODEL,$(SETTINGS)) ARGS NPROC SEEDS TRAIN

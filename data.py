@@ -209,8 +209,8 @@ def centre(size):
 
 class Preprocess:
     """An image of any size, uint8 (3, H, W) or Pillow's, -> float32 (1, 3, S, S): the input of a
-    network of `dataset`.  Raises TypeError for anything else, and ValueError for an image that
-    read_image would refuse."""
+    network of `dataset`.  Raises TypeError for anything else, and ValueError for an image that is
+    too thin or has 32 bits per pixel."""
 
     def __init__(self, dataset, image_size=224):
         small = v2.Compose([v2.Resize(32), v2.CenterCrop(32)])

@@ -182,10 +182,10 @@ def build_model(name, num_classes=10, layers=(3, 4, 6, 3), stem="imagenet", redu
 
 def gate_settings(name):
     """Which of reduction, cardinality and residual the gate of network `name` has."""
-    known = {"reduction", "residual"} if name == "senet" else {  # senet has one hidden layer
-        "reduction", "cardinality", "residual"}
     if name not in GATES:
         return set()
+    known = {"reduction", "residual"} if name == "senet" else {  # senet has one hidden layer
+        "reduction", "cardinality", "residual"}
     known -= getattr(GATES[name], "keywords", {}).keys()        # functools.partial has set these
     return known & inspect.signature(GATES[name]).parameters.keys()
 

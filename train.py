@@ -88,7 +88,7 @@ def train(state, model, autocast, compute, data, save_minutes):
             measured = compute(model, state, autocast, images, labels)      # and dL/dw, in w.grad
 
             scaler.unscale_(optimizer)      # the scaler acts in float16 alone
-            # Here p.grad of each parameter p is dL/dp, in every number format: clip it, for example.
+            # Here p.grad of each parameter p is dL/dp, in every number format: clip it, say.
             scaler.step(optimizer)          # move the weights, unless a gradient overflowed
             scaler.update()
 
@@ -289,7 +289,8 @@ def run_training(args, settings, device):
     code = source.digests(settings["weights"])      # now: a file may be edited while it trains
     hardware.say_if_busy(device)
     if settings["model"] in GATES:      # a mistake in one shows before the data are read
-        source.try_gates(build_network(settings, ["one", "other"]), pixels(settings))
+        small = settings | dict(layers="1,1,1,1")       # one of each shape
+        source.try_gates(build_network(small, ["one", "other"]), pixels(settings))
     data = open_data(args, settings, device)
     share, rest = divmod(settings["batch_size"], world())
     if rest or share < 2 or not data.steps:
@@ -311,7 +312,8 @@ def run_training(args, settings, device):
         state = State(args.out, settings, data.classes, data.identity, code, net, optimizer, scaler,
                       measures=torch.zeros(2, data.steps, device=device))
         if saved:
-            saved["settings"] = completed(saved["settings"])
+            usual = defaults(settings["recipe"], settings["dataset"])       # of what is new
+            saved["settings"] = usual | saved["settings"]
             state.resume(saved, args.any_code)
         elif settings["weights"] and rank() == 0:   # parallel() copies them to the others
             say(load_weights(net, settings["weights"], TRUNKS.get(settings["model"], "resnet50")))

@@ -71,7 +71,8 @@ class State:
         with usable(self.folder / "last.pt"):
             self.load_state_dict(saved)
         # A finished run is trained by no other code; a file of weights may have gone since.
-        self.code = saved["code"] if self.finished else saved["code"] | self.code
+        self.code = saved["code"] if self.finished else self.code | {
+            file: digest for file, digest in saved["code"].items() if not file.endswith(".py")}
 
 
 def plain(value):
@@ -113,9 +114,9 @@ def save(state):
 
 def check_finite(state):
     """Raises UserError if a loss or a weight is no longer finite; such weights are never saved."""
-    tensors = state.measures, *state.net.parameters()
-    if not all(tensor.isfinite().all() for tensor in tensors) or any(
-            buffer.isnan().any() for buffer in state.net.buffers()):    # a mask may hold infinity
+    tensors = state.measures, *state.net.parameters(), *(       # a mask of one's own may hold
+        buffer for name, buffer in state.net.named_buffers() if "running_" in name)     # infinity
+    if not all(tensor.isfinite().all() for tensor in tensors):
         raise UserError(f"before step {state.step}, a loss or a weight was no longer finite; "
                         "last.pt, if there is one, is older; try a smaller --lr, or, after an "
                         "edit, look there first")
@@ -131,7 +132,7 @@ def replace_file(path, content):
     with explained(f"cannot write {path}", advice):
         try:
             if isinstance(content, dict):
-                torch.save(content, draft)      # given an open file, it makes an OSError of Ctrl-C
+                torch.save(content, draft)      # given an open file, it takes Ctrl-C for its error
             else:
                 draft.write_bytes(content.encode())
             with open(draft, "rb+") as file:

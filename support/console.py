@@ -117,8 +117,8 @@ def explained(what, advice):
 
 @contextlib.contextmanager
 def errors_in_one_line(program, checkpoint=None):
-    """End the program by one line at a UserError, where a GPU's memory is short, and at Ctrl-C, which
-    says what a run will do that has this checkpoint; at all else, by a traceback."""
+    """End the program by one line at a UserError, where a GPU's memory is short, or at Ctrl-C (and
+    say what a run will do that has this checkpoint); at all else, by a traceback."""
     try:
         yield
         return

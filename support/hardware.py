@@ -150,7 +150,7 @@ def say_if_busy(device):
     and one of them 180.  (The load average would count one's own last run, too.)"""
     if device.type != "cpu" or torch.get_num_threads() == 1:
         return
-    others, cores = [], os.cpu_count()      # both of the whole machine, not of a container
+    others, cores = [], os.cpu_count()      # both are the machine's, not the container's
     for _ in range(9):                      # the fewest of nine looks: some run for a moment
         time.sleep(0.02)
         others.append(other_threads())
@@ -164,7 +164,7 @@ def other_threads():
     """How many run just now, beside this one; Linux alone tells: "0.20 0.18 0.12 3/80 11206", 2."""
     try:
         with open("/proc/loadavg") as file:
-            return int(file.read().split()[3].partition("/")[0]) - 1
+            return max(0, int(file.read().split()[3].partition("/")[0]) - 1)
     except OSError:
         return 0
 

@@ -32,9 +32,7 @@ THINNEST = 100      # times as long as wide: resized before it is cropped, it co
 def read_image(path):
     """uint8 (3, H, W), turned as its EXIF orientation says.  Raises ImageError, in one line."""
     try:
-        # Of an animation, its first frame.  (Given a path, Pillow would map an uncompressed TIFF to
-        # memory, and scramble it where it is to be turned.)
-        with open(path, "rb") as file, Image.open(file) as image:
+        with Image.open(path) as image:                 # of an animation: its first frame
             return rgb(image)
     except FileNotFoundError:
         raise ImageError(f"{printable(str(path))} is not found") from None
@@ -52,7 +50,10 @@ def rgb(image):
         raise ValueError("{} x {} pixels: too thin; cut it into pieces".format(*image.size))
     sixteen = image.mode.startswith("I;16") or (        # these two formats hold no more
         image.mode == "I" and image.format in ("PNG", "PPM"))
-    image.load()                                        # Pillow turns a TIFF here, and drops the tag
+    # Pillow turns a TIFF while it loads it, and drops the tag.  Without this line, it would map an
+    # uncompressed one to memory, and scramble what it turns.
+    image.filename = ""
+    image.load()
     turn = None
     with contextlib.suppress(Exception):                # EXIF that is none
         turn = TURNS.get(image.getexif().get(0x0112))
@@ -115,7 +116,8 @@ def list_images(root, split, left_out):
     try:
         looked = folder if os.path.isdir(folder) else root
         inside = sorted(os.scandir(looked), key=lambda entry: entry.name)
-        classes = [entry.name for entry in inside if is_part(entry) and entry.is_dir()]
+        classes = [entry.name for entry in inside if entry.name[0] != "." and entry.is_dir()
+                   and not leads_back(entry, [Path(looked).resolve()])]
         if looked == folder and classes:
             paths = [[*map(os.fsencode, images_below(os.path.join(folder, name), left_out))]
                      for name in classes]
@@ -140,7 +142,7 @@ def images_below(folder, left_out):
     """The paths of all image files below a folder, in the order of torchvision's ImageFolder; the
     endings of others are counted in `left_out`."""
     found = []
-    for path in sorted(files_below(folder, set()), key=os.path.split):
+    for path in sorted(files_below(folder), key=os.path.split):
         ending = os.path.splitext(path)[1].lower()
         if ending in datasets.folder.IMG_EXTENSIONS:
             found.append(path)
@@ -149,22 +151,20 @@ def images_below(folder, left_out):
     return found
 
 
-def files_below(folder, above):
-    """All files below a folder that are part of it; links may lead through those `above`."""
-    above = {*above, os.path.realpath(folder)}
-    for entry in filter(is_part, os.scandir(folder)):
-        if not entry.is_dir():
+def files_below(folder, above=()):
+    """All files below a folder, but nothing hidden, and nothing in a link that leads back."""
+    above = *above, Path(folder).resolve()
+    for entry in os.scandir(folder):
+        if entry.name[0] != "." and not entry.is_dir():
             yield entry.path
-        elif os.path.realpath(entry) not in above:
+        elif entry.name[0] != "." and not leads_back(entry, above):
             yield from files_below(entry.path, above)
 
 
-def is_part(entry):
-    """Not what is hidden, nor a link to a folder that holds it: this would have no end."""
-    if entry.is_symlink() and entry.is_dir():
-        holder = Path(entry).parent.resolve()
-        return entry.name[0] != "." and not holder.is_relative_to(Path(entry).resolve())
-    return entry.name[0] != "."
+def leads_back(entry, above):
+    """Whether a folder is a link to one of those above it, or to one that holds them."""
+    real = Path(entry).resolve()
+    return any(one.is_relative_to(real) for one in above)
 
 
 def fingerprint(path):

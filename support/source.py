@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from torchvision.models.resnet import Bottleneck
 
 from support.console import explained
 
@@ -14,9 +15,9 @@ TALKERS = {f"support/{name}.py" for name in (
 
 
 def digests(weights=None):
-    """File -> a digest of its code, which comments, docstrings and layout do not change: of train.py
-    and of all that it imports from here, one's own files, too, but TALKERS; and one of the file of
-    weights that a run starts from, if it is there."""
+    """File -> a digest of its code, which comments, docstrings and layout do not change: of
+    train.py and of all that it imports from here, one's own files, too, but TALKERS; and one of the
+    file of weights that a run starts from, if it is there."""
     root, found, names = Path(__file__).parents[1], {}, ["train.py"]
     for name in names:
         found[name] = digest(text := (root / name).read_text("utf-8-sig"))
@@ -72,7 +73,7 @@ def changed(before, now):
 def try_gates(net, size):
     """Try each gate on a map of the shape that it gets from images of size x size pixels."""
     for block in net.modules():
-        if hasattr(block, "gate"):
+        if isinstance(block, Bottleneck):
             block.gate.register_forward_pre_hook(lambda gate, inputs: try_module(gate, *inputs))
     net(torch.randn(2, 3, size, size))
 

@@ -64,7 +64,8 @@ def tensor_dicts(content, place=""):
                 key.replace(".se.fc1.", ".gate.reduce.").replace(".se.fc2.", ".gate.expand."):
                 value.flatten(1) if ".se.fc" in key and value.dim() == 4 else value
                 for key, value in tensors.items()}
-            yield place, tensors            # a gate of one's own may hold an "se", too
+            if any(".se.fc" in key for key in tensors):
+                yield place, tensors        # a gate of one's own may hold an "se", too
         for key, value in content.items():
             yield from tensor_dicts(value, f"{place}[{key!r}]")
 

@@ -90,11 +90,13 @@ def test_mistakes_are_those_of_most_confidence_with_their_pixels(looked):
 
 
 def test_curves_follow_the_rows_of_a_run_also_where_one_lacks_a_value(finished, tmp_path):
-    rows, path = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines())), (
-        shutil.copytree(finished, tmp_path, dirs_exist_ok=True) / "last.pt")
+    rows = list(csv.DictReader((finished / "metrics.csv").read_text().splitlines()))
+    path = shutil.copytree(finished, tmp_path, dirs_exist_ok=True) / "last.pt"
     edited(lambda saved: saved["history"][0].pop("train_top1"))(path)
     rows[0]["train_top1"] = ""
     page = sections_after_evaluation(tmp_path)
+    edited(lambda saved: [row.update(test_loss=math.inf) for row in saved["history"]])(path)
+    assert len([*sections_after_evaluation(tmp_path)["Curves"].iter("polyline")]) == 4
     edited(lambda saved: saved["history"].clear())(path)
     assert "No epoch is finished yet" in "".join(
         sections_after_evaluation(tmp_path)["Curves"].itertext())

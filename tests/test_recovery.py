@@ -216,6 +216,20 @@ def test_last_pt_is_replaced_only_by_a_whole_checkpoint_on_the_disk(whole, tmp_p
     assert last.read_bytes() == before and {*tmp_path.iterdir()} == files
 
 
+def test_a_checkpoint_without_its_end_replaces_none(tmp_path):
+    resource = pytest.importorskip("resource")
+    checkpoint.replace_file(path := tmp_path / "a.pt", content := dict(a=torch.zeros(10**5)))
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for missing in (1, 10, 50, 500):        # torch writes the last bytes as it closes the file
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - missing, limits[1]))
+            with pytest.raises(UserError, match="cannot write .*free some disk space"):
+                checkpoint.replace_file(path, content)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
+
+
 DAMAGED = [(lambda path: os.truncate(path, path.stat().st_size // 2), ""),
            (lambda path: path.write_bytes(pickle.dumps(Hostile())), ""),
            (edited(lambda saved: saved["model"].pop("classifier.1.bias")), "classifier.1.bias")]
@@ -234,6 +248,7 @@ def setting(**values):
     ("resume", edited(lambda saved: saved.update(measures=torch.zeros(2, 7))), FOREIGN + "size"),
     *[("resume", edited(lambda saved, number=number: saved.update(format=number)),
        f"has format {number}, and this code reads 1: use") for number in (None, 0)],
+    ("resume", setting(recipe="mine"), "other settings or data: recipe: was mine, is paper;"),
     ("evaluate", setting(model="amax"), "the model 'amax', which this code does not have"),
     ("evaluate", setting(recipe="mine"), "the recipe 'mine', which this code does not have"),
     ("evaluate", setting(dataset="mnist"), "the dataset 'mnist', which this code does not have"),
@@ -245,7 +260,7 @@ def test_a_damaged_hostile_or_foreign_checkpoint_is_refused_and_kept(
     before = path.read_bytes()
     text = (complaint(capsys, *eight_steps("folder", whole, tmp_path)) if way == "resume" else
             complaint(capsys, "--checkpoint", "last.pt", main=evaluate.main))
-    assert re.search(said, text) and "delete" not in text
+    assert re.search(said, text) and ("delete" in text) == ("other settings" in said)
     assert path.read_bytes() == before and not Path("hostile").exists()
 
 

@@ -9,6 +9,8 @@ import sys
 import traceback
 
 import pytest
+import torch
+from torch import nn
 
 import data
 import senetv2
@@ -72,6 +74,18 @@ def test_a_mistake_in_a_gate_shows_its_line_before_the_data_are_read(body, whole
     assert re.search(MISTAKES[body], text), text
     assert "not finite" in text or re.search(rf'"{tmp_path}/mine.py", line 1[01]\b', text), text
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gate_may_hold_a_layer_called_gate(monkeypatch):
+    class Mine(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.gate = nn.Linear(channels, 1)
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.gate(x.mean((2, 3))))[..., None, None]
+    monkeypatch.setitem(senetv2.GATES, "senet", Mine)
+    source.try_gates(senetv2.build_model("senet", 2, SMALL), 32)
 
 
 @pytest.mark.parametrize("body", ["return x * torch.sigmoid(x)", "return x", "return x.mul_(0.5)",

@@ -187,9 +187,11 @@ def test_prediction_takes_files_folders_and_patterns_and_goes_on_after_a_broken_
         return [line for line in out.splitlines() if "%" not in line], err, code
     assert said("a b.png") == (["a b.png"], "", 0)
     assert said("x*.jpg", "a b.png") == (["x1.jpg", "x2.jpg", "a b.png"], "", 0)
-    names, error, code = said("sub", "x1.jpg")
+    (tmp_path / "empty").mkdir()
+    names, error, code = said("sub", "empty", "x1.jpg")
     assert (names, code) == (["sub/c.PNG", "sub/d.png", "x1.jpg"], 1)
-    assert "sub/broken.png cannot be decoded" in error and error.count("\n") == 1
+    assert "sub/broken.png cannot be decoded" in error and error.count("\n") == 2
+    assert re.search("empty cannot be decoded as an image .*Is a directory", error)
     names, error, code = said("x1.jpg x2.jpg", "a b.png")
     assert (names, code) == (["a b.png"], 1)
     assert "is not found; for several, give a folder or a pattern, or type python -m" in error

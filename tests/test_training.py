@@ -139,7 +139,7 @@ def test_a_buffer_may_hold_infinity():
 @pytest.mark.parametrize("spoil", [
     lambda state: state.measures.fill_(math.nan),
     lambda state: state.net.classifier[1].bias.data.fill_(math.inf),
-    lambda state: next(state.net.buffers()).fill_(math.nan)])
+    lambda state: next(state.net.buffers()).fill_(math.inf)])
 def test_nothing_infinite_is_saved_at_a_broken_image(spoil, whole, tmp_path, monkeypatch, capsys):
     def fails(state, *rest):
         spoil(state)

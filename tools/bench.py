@@ -11,13 +11,14 @@ import data
 import train
 from senetv2 import OURS, AggregatedSqueezeExcitation, build_model
 from support.console import UserError, errors_in_one_line
-from support.flags import number, parser
+from support.flags import number, one_of, parser
 from support.hardware import choose_precision
 from test_senetv2 import LiteralBranches
 
 
 TABLE = {key: (train.SETTINGS | train.OPTIONS)[key] for key in (        # as in train.py
-    "layers", "stem", "dataset", "data_dir", "compile", "precision")} | {
+    "layers", "stem", "data_dir", "compile", "precision")} | {
+    "dataset": ("shapes", one_of(data.DATASETS), "whose loader to measure"),
     "batch_size": (128, number(int, 2), "images per step"),
     "image_size": (32, number(int, 1), "pixels per side"),
     "seconds": (60.0, number(float, 0), "how long to measure training")}
@@ -74,7 +75,7 @@ def main(argv=None):
     print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"{args.precision}; median [quartiles]")
     with errors_in_one_line("tools.bench"):
-        for part in (bench_networks, bench_loader, bench_cardinality):
+        for part in (bench_loader, bench_networks, bench_cardinality):
             part(args, device)
 
 

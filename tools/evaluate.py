@@ -27,7 +27,7 @@ from support.console import UserError, in_words, printable, say, world
 from support.hardware import on_host
 from train import SETTINGS, evaluate, load, open_data
 
-OPTIONS = {"checkpoint": (None, flags.path, "what to evaluate, with its own settings: a run's folder "
+OPTIONS = {"checkpoint": (None, flags.path, "what to evaluate, as it was trained: a run's folder "
                                             "or its last.pt; by default the folder that the other "
                                             "flags name")}
 FEW = 20        # up to so many classes, the page has the whole matrix, and names beside the gates
@@ -209,8 +209,8 @@ def curves(history, classes):
     if not history:
         return "<p>No epoch is finished yet.</p>"
     chance = math.log(classes)
-    losses, accuracies = ([[(row["epoch"], row[key]) for row in history if key in row]
-                           for key in keys]
+    losses, accuracies = ([[(row["epoch"], row[key]) for row in history
+                            if math.isfinite(row.get(key, math.nan))] for key in keys]
                           for keys in (("train_loss", "test_loss"), ("train_top1", "top1")))
     top = math.ceil(max(1, chance, *(loss for line in losses for _, loss in line)) * 1.1)
     return (chart("loss", losses, top, chance, f"chance: ln {classes} = {chance:.2f}") + chart(
@@ -219,7 +219,7 @@ def curves(history, classes):
 
 def chart(title, lines, top, chance, words):
     """SVG of two lists of (epoch, value), training and test; the values go from 0 to `top`."""
-    last = lines[1][-1][0]
+    last = max((epoch for line in lines for epoch, _ in line), default=1)
 
     def place(epoch, value):
         return round(45 + 420 * epoch / last, 2), round(220 - 190 * value / top, 2)

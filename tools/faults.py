@@ -111,7 +111,8 @@ def launcher_killed(root, source, rng, seconds):
         any("steps per epoch" in line for line in process.stdout)
         time.sleep(rng.uniform(0, 0.3) * seconds)
     if process.poll() == 0:
-        return launcher_killed(root, source, rng, seconds)      # too late: once more
+        shutil.rmtree(root / "trial")           # too late: once more
+        return launcher_killed(root, source, rng, seconds)
     process.kill()
     try:
         process.communicate(timeout=60)         # the pipe closes when the last of them ends

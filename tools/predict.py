@@ -12,7 +12,7 @@ import torch
 import train
 from data import ImageError, read_image
 from support import flags
-from support.console import UserError, say
+from support.console import UserError, explained, say
 from support.hardware import on_host
 from support.images import images_below
 from train import load
@@ -55,9 +55,8 @@ def run_prediction(args, settings, device):
 def files_of(given):
     """A file as it is; the images of a folder, at any depth; or what a pattern fits."""
     if os.path.isdir(given):
-        if not (paths := images_below(given, Counter())):
-            raise UserError(f"there are no images in {given}")
-        return paths
+        with explained(f"{given} cannot be listed", "name its images"):
+            return images_below(given, Counter()) or [given]        # "Is a directory"
     found = [] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
     return [path for place in found for path in files_of(place)] or [given]
 

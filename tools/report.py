@@ -5,11 +5,11 @@
 """
 import argparse
 import csv
-import glob
 import hashlib
 import itertools
 import json
 import math
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -41,8 +41,7 @@ def run_report(folders, minus=None):
     minus    the row to subtract, beside the usual ones
     """
     found, left_out = {}, []        # (what a table shares, row, seed, code) -> runs
-    for path in [path for root in folders for path in sorted(map(       # links are followed, too
-            Path, glob.glob(f"{glob.escape(root)}/**/config.json", recursive=True)))]:
+    for path in [path for root in folders for path in sorted(configs(root))]:
         try:
             shared, name, seed, run = read_run(path)
         except Exception as reason:         # whatever other programs, and older code, leave
@@ -72,6 +71,17 @@ def run_report(folders, minus=None):
     for shared, networks in sorted(tables.items(), key=lambda table: last_finished(table[1])):
         print_results(dict(shared), networks, minus)
     print("\nRuns that are in no table:\n\n" + "\n".join(left_out or ["- none"]))
+
+
+def configs(root):
+    """All config.json below a folder.  Links are followed, and each folder is entered once."""
+    seen = set()
+    for place, folders, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+        elif "config.json" in files:
+            yield Path(place, "config.json")
+        seen.add(real)
 
 
 def last_finished(networks):
@@ -123,8 +133,10 @@ def read_run(path):
 def label(settings):
     """The row's name in a table: the network, the width of its gate, and what its user tried."""
     name, r, k = settings["model"], settings["reduction"], settings["cardinality"]
-    known = gate_settings(name) if name in OURS + PEERS else {      # a gate that has gone
-        key for key in ("reduction", "cardinality", "residual") if settings[key] != SETTINGS[key][0]}
+    known = gate_settings(name)
+    if name not in OURS + PEERS:            # a gate that has gone
+        known = {key for key in ("reduction", "cardinality", "residual")
+                 if settings[key] != SETTINGS[key][0]}
     name += f" r={r}" if "reduction" in known else ""
     name += f" K={k}" if "cardinality" in known else ""
     name += " residual" if "residual" in known and settings["residual"] else ""
@@ -244,6 +256,7 @@ def main(argv=None):
     with errors_in_one_line("tools.report"):
         try:
             run_report(args.folders, args.minus)
+            print(end="", flush=True)
         except OSError as error:
             sys.stdout = None           # or Python complains again as it ends
             raise UserError(f"standard output cannot be written ({error.strerror})") from None
