@@ -114,9 +114,10 @@ def save(state):
 
 def check_finite(state):
     """Raises UserError if a loss or a weight is no longer finite; such weights are never saved."""
-    tensors = state.measures, *state.net.parameters(), *(       # a mask of one's own may hold
-        buffer for name, buffer in state.net.named_buffers() if "running_" in name)     # infinity
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    tensors = state.measures, *state.net.parameters(), *(
+        buffer for name, buffer in state.net.named_buffers() if "running_" in name)
+    if not all(tensor.isfinite().all() for tensor in tensors) or any(
+            buffer.isnan().any() for buffer in state.net.buffers()):    # a mask may hold infinity
         raise UserError(f"before step {state.step}, a loss or a weight was no longer finite; "
                         "last.pt, if there is one, is older; try a smaller --lr, or, after an "
                         "edit, look there first")

@@ -72,7 +72,6 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index_and_can_be_turned_of
     assert not torch.equal(crops[0], crops[12])
     rows = [source.view([0], epoch)[0, 0, 16].int() for epoch in range(20)]
     assert {(row[-1] > row[0]).item() for row in rows} == {True, False}
-    assert source.loader.dataset.augmented.transforms[0].scale == (0.08, 1)     # of its area
 
 
 def test_crops_and_flips_are_torchvisions_and_uniform():
@@ -91,6 +90,18 @@ def test_crops_and_flips_are_torchvisions_and_uniform():
         counts, spread = np.bincount(draws), math.sqrt(expected * (1 - 1 / choices))
         assert len(counts) == choices and (abs(counts - expected) < 4 * spread).all()
     assert len(set(seen)) == 9 * 9 * 2
+
+
+def test_crops_of_a_folder_take_8_to_100_percent_of_its_images_in_many_forms(folder):
+    y, x = torch.meshgrid(*[torch.arange(256, dtype=torch.uint8)] * 2, indexing="ij")
+    save_image(torch.stack([x, y, y]), folder / "train/cat/cat_0.JPEG")     # red says where in x
+    source = load_folder(folder)
+    views = torch.cat([source.view([0], epoch).float() for epoch in range(300)])
+    wide, high = (views[:, channel].flatten(1) for channel in (0, 1))
+    sides = [(values.amax(1) - values.amin(1)) / 256 * 32 / 31 for values in (wide, high)]
+    areas, forms = sides[0] * sides[1], sides[0] / sides[1]
+    assert 0.06 < areas.min() < 0.12 and 0.9 < areas.max() < 1.02 and 0.4 < areas.mean() < 0.56
+    assert 0.7 < forms.min() < 0.8 and 1.25 < forms.max() < 1.42         # 3/4 to 4/3
 
 
 def test_another_pixel_label_or_class_is_another_set_in_memory():

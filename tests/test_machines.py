@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import train
+from senetv2 import build_model
 from support import hardware
 from test_senetv2 import HERE, eight_steps, equal, rows, same_result, stop_at
 from tests.conftest import complaint, folder_flags, load_folder
@@ -80,6 +81,19 @@ def test_before_the_weights_move_the_gradient_is_that_of_the_loss_in_every_forma
                                "--epochs", "1", "--train-images", "8", "--model", "senetv2"))
     (exact,), *others = norms.values()
     assert exact > 0 and others == [[pytest.approx(exact, rel=0.1)]] * 2
+
+
+def test_a_gradient_that_overflows_skips_the_step_and_halves_the_scale(whole, tmp_path,
+                                                                       monkeypatch):
+    large_scale(monkeypatch, 2.0 ** 60)
+    train.main(eight_steps("folder", whole, tmp_path, "--workers", "0", "--precision", "float16"))
+    saved = train.read_checkpoint(tmp_path)
+    assert saved["step"] == 8 and saved["scaler"]["scale"] == 2.0 ** 52
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        start = build_model("mobilenet_v2", 2)
+    assert all(torch.equal(weight, saved["model"][name])
+               for name, weight in start.named_parameters())
 
 
 @pytest.mark.parametrize("capability, chosen", [

@@ -1,5 +1,7 @@
 """The Makefile, the pages, and the form of the scripts."""
+import ast
 import copy
+import graphlib
 import json
 import re
 import shlex
@@ -264,16 +266,29 @@ def test_the_table_of_starts_follows_from_the_raw_files(top1):
 FLOORS = ("support", "senetv2 data", "train", "test_senetv2", "tools tests")    # from the ground
 
 
-def test_imports_go_down_the_floors():
+def test_imports_go_down_the_floors_without_a_circle():
     floor = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
-    scripts = [*HERE.glob("*.py"), *HERE.glob("*/*.py")]
-    assert len(scripts) > 25
+    scripts = [path.relative_to(HERE) for path in (*HERE.glob("*.py"), *HERE.glob("*/*.py"))]
+    assert len(scripts) > 25 and {path.parts[0].removesuffix(".py") for path in scripts} == {*floor}
+    inside = {path.stem: set() for path in scripts if path.parts[0] == "support"}
     for path in scripts:
-        room = path.relative_to(HERE).parts[0].removesuffix(".py")
-        for other in re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M):
-            shared = room == other in ("support", "tests") or (room, other) == ("tests", "tools")
-            assert shared or floor.get(other, -1) < floor[room], f"{path} imports {other}"
-    assert "from support" not in (HERE / "support" / "console.py").read_text()      # the bottom
+        room = path.parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse((HERE / path).read_text())):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for other, _, rest in (module.partition(".") for module in modules):
+                if room == other == "support":
+                    inside[path.stem].add(rest.partition(".")[0])
+                elif room == other == "tests" or (room, other) == ("tests", "tools"):
+                    continue            # tests share what conftest has, and test the tools
+                elif other in floor:
+                    assert floor[other] < floor[room], f"{path} imports {other}"
+    assert inside["console"] == set()
+    list(graphlib.TopologicalSorter(inside).static_order())      # CycleError, if there is one
 
 
 def test_pages_are_short_enough_to_be_read_to_their_end():

@@ -16,6 +16,7 @@ import data
 import train
 from senetv2 import build_model
 from support import checkpoint, hardware
+from support.console import UserError
 from test_senetv2 import SMALL, eight_steps, rows
 from tests.conftest import BASE, complaint, finished_flags, watched
 
@@ -130,10 +131,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_saved(minutes, steps,
     assert all(tensor.isfinite().all() for tensor in saved.values())
 
 
-def test_a_buffer_may_hold_infinity():
+def test_a_buffer_may_hold_infinity_but_no_nan():
     net = torch.nn.BatchNorm1d(2)
     net.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))      # as of attention
-    checkpoint.check_finite(SimpleNamespace(measures=torch.zeros(2, 4), net=net, step=1))
+    checkpoint.check_finite(state := SimpleNamespace(measures=torch.zeros(2, 4), net=net, step=1))
+    net.mask[0, 0] = math.nan
+    with pytest.raises(UserError, match="before step 1, "):
+        checkpoint.check_finite(state)
 
 
 @pytest.mark.parametrize("spoil", [

@@ -71,7 +71,7 @@ def main(argv=None):
         found = [survived[fault, case] for case in CASES]
         cells = [f"{sum(row)}/{len(row)}" if row else "-" for row in found]
         print(f"| {fault} | {' | '.join(cells)} |")
-    sys.exit(total < trials or not any(late))
+    sys.exit(total < trials or sum(late) < len(late) / 2)
 
 
 def trial(root, case, fault, rng, seconds):
