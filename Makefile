@@ -23,7 +23,13 @@ $(foreach name,$(filter-out $(NAMES),$(.VARIABLES)),$(if $(call typed,$(name)),$
 $(foreach name,$(filter-out ARGS,$(NAMES)),$(if $(findstring command line,$(origin $(name))),$\
   $(if $(strip $(value $(name))),,$(error $(name) is empty; leave it out, or give it a value))))
 
-# So is one that no target given has a use for, or that it sets itself.
+# So is a word that is no target: `make train EPOCHS 3` would train before make came to EPOCHS.
+TARGETS = help train evaluate predict look table test bench faults pictures report results paper $\
+  experiment1 experiment2 experiment3 experiment4 experiment5 experiment6 clean
+$(foreach word,$(filter-out $(TARGETS) .venv/ready,$(MAKECMDGOALS)),$\
+  $(error $(word) is no target; a variable is typed with =, as in EPOCHS=3))
+
+# So is a variable that no target given has a use for, or that it sets itself.
 RUNS = $(filter-out SEED OUT MODEL,$(SETTINGS)) ARGS NPROC SEEDS TRAIN
 USES_paper = $(filter-out REDUCTION,$(RUNS))
 USES_train = $(if $(call typed,SEEDS),$(filter-out SEED OUT,$(SETTINGS)),$(SETTINGS)) ARGS NPROC SEEDS
@@ -81,8 +87,7 @@ TABLES = "cifar100 --layers 3,4,6,3" "cifar10 --layers 1,1,1,1" "cifar10 --layer
 # r = 32 are senet with r = 32 and 16, senetv2 (= senet r = 8), and senet with r = 4 and 2.
 WIDTHS = resnet senet "senet --reduction 16" senetv2
 
-.PHONY: help train evaluate predict look table test bench faults pictures report results paper \
-  experiment1 experiment2 experiment3 experiment4 experiment5 experiment6 clean
+.PHONY: $(TARGETS)
 
 help:  ## this list
 	@echo "make TARGET [VARIABLE=value ...]"

@@ -36,7 +36,8 @@ def test_values_with_spaces_and_quotes_arrive_whole(target, variables):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("predict", "IMAGE"), ("train EPOCH=1", "EPOCH"), ("report STEM=cifar", "STEM"),
+    ("predict", "IMAGE"), ("train EPOCHS 3", "EPOCHS is no target"), ("train EPOCH=1", "EPOCH"),
+    ("report STEM=cifar", "STEM"),
     ("look MODEL=resnet", "MODEL"), ("test SEED=1", "SEED"), ("train NPROC=0", "'0'"),
     ("train NPROC=two", "'two'"), ("train SEEDS=0 SEED=1", "SEED"), ("train SEEDS=0 OUT=o", "OUT"),
     ("paper SEED=7", "SEED"), ("paper MODEL=vit", "MODEL"), ("paper REDUCTION=8", "REDUCTION"),
